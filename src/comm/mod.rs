@@ -1,0 +1,5 @@
+//! Ranks, groups and collectives.
+
+mod error;
+
+pub use error::CommError;

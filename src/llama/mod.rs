@@ -1,0 +1,7 @@
+//! The decoder: configuration to sharded model to logits.
+
+mod batch;
+mod sample_row;
+
+pub use batch::{Batch, Limits};
+pub use sample_row::SampleRow;
