@@ -6,6 +6,7 @@ pub mod comm;
 pub mod dtype;
 pub mod error;
 pub mod host;
+pub mod layers;
 pub mod llama;
 pub mod shard;
 

@@ -208,6 +208,17 @@ pub trait Backend: Send {
         out: &mut Self::Tensor,
     ) -> Result<()>;
 
+    /// `out = x[:, first..first + columns of out]`.
+    fn slice_columns(
+        &mut self,
+        x: &Self::Tensor,
+        first: usize,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// `x += bias`, row by row.
+    fn add_bias(&mut self, bias: &Self::Vector, x: &mut Self::Tensor) -> Result<()>;
+
     /// For each row of `logits` (the vocabulary from `first_id` on, of which `ids` exist) the
     /// record from which ranks choose together: see [`crate::llama::sampling`]. `counts` says
     /// how many candidates each row's record holds.

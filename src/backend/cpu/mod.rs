@@ -370,6 +370,34 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn slice_columns(&mut self, x: &CpuTensor, first: usize, out: &mut CpuTensor) -> Result<()> {
+        check("slice_columns", "rows of the output", x.rows(), out.rows())?;
+        let (width, cols) = (out.cols(), x.cols());
+        if first + width > cols {
+            return Err(Error::shape(
+                "slice_columns",
+                format_args!("columns within {cols}"),
+                format_args!("{first}..{}", first + width),
+            ));
+        }
+        if width > 0 {
+            let rows = out
+                .data_mut()
+                .chunks_exact_mut(width)
+                .zip(x.data().chunks_exact(cols));
+            rows.for_each(|(out, x)| out.copy_from_slice(&x[first..first + width]));
+        }
+        Ok(())
+    }
+
+    fn add_bias(&mut self, bias: &Vec<f32>, x: &mut CpuTensor) -> Result<()> {
+        check("add_bias", "length of the bias", x.cols(), bias.len())?;
+        for row in x.data_mut().chunks_exact_mut(bias.len().max(1)) {
+            row.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+        }
+        Ok(())
+    }
+
     fn candidates(
         &mut self,
         _logits: &CpuTensor,
