@@ -1,5 +1,6 @@
 //! Tensor-parallel Llama inference with its own collectives.
 
+pub mod backend;
 pub mod checkpoint;
 pub mod comm;
 pub mod dtype;

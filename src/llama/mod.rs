@@ -2,6 +2,7 @@
 
 mod batch;
 mod sample_row;
+pub mod sampling;
 
 pub use batch::{Batch, Limits};
 pub use sample_row::SampleRow;

@@ -1,0 +1,3 @@
+//! Operations on host memory.
+
+pub mod sampling;

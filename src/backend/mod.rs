@@ -1,0 +1,3 @@
+//! What computes: one module a kind of device.
+
+pub mod cpu;
