@@ -19,6 +19,7 @@ pub mod cpu;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::host::HostMatrix;
+use crate::llama::sampling::Record;
 use crate::llama::{Batch, SampleRow};
 
 /// How the rows of a weight matrix are placed.
@@ -74,6 +75,17 @@ pub struct RopeTables {
     pub cos: Vec<f32>,
     /// Sines.
     pub sin: Vec<f32>,
+}
+
+/// A record that [`Backend::records`] is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct WantedRecord<'a> {
+    /// The row of the logits.
+    pub row: usize,
+    /// What is to be chosen.
+    pub sample: &'a SampleRow,
+    /// The form of the record.
+    pub record: Record,
 }
 
 /// What is added to a product.
@@ -219,16 +231,14 @@ pub trait Backend: Send {
     /// `x += bias`, row by row.
     fn add_bias(&mut self, bias: &Self::Vector, x: &mut Self::Tensor) -> Result<()>;
 
-    /// For each row of `logits` (the vocabulary from `first_id` on, of which `ids` exist) the
-    /// record from which ranks choose together: see [`crate::llama::sampling`]. `counts` says
-    /// how many candidates each row's record holds.
-    fn candidates(
+    /// The records from which ranks choose tokens together (see [`crate::llama::sampling`]), one
+    /// after another: of rows of `logits`, this rank's part of the vocabulary from `first_id` on.
+    /// A read: it waits for the logits.
+    fn records(
         &mut self,
         logits: &Self::Tensor,
         first_id: usize,
-        ids: usize,
-        rows: &[SampleRow],
-        counts: &[usize],
+        wanted: &[WantedRecord<'_>],
     ) -> Result<Vec<u32>>;
 
     /// Reads a tensor, waiting for all that was enqueued: `[rows, cols]`.

@@ -138,7 +138,8 @@ impl<B: Backend> Model<B> {
     }
 
     /// Runs `batch`, appending its entries to `kv`. Returns the logits of the rows asked for
-    /// over this rank's part of the vocabulary: `[logits_rows, shard().ids]`.
+    /// over this rank's part of the vocabulary, `[logits_rows, ids of the shard]`, and the head
+    /// that knows that part: for [`super::select`]. All of them: [`Self::gather_logits`].
     ///
     /// All ranks of the group call this with the same batch.
     ///
@@ -149,7 +150,7 @@ impl<B: Backend> Model<B> {
         rank: &mut Rank<'_, B, C>,
         batch: &Batch,
         kv: &mut KvCache<B>,
-    ) -> Result<&B::Tensor> {
+    ) -> Result<(&B::Tensor, &ParallelLmHead<B>)> {
         batch.check(&self.limits(kv))?;
         let tables = self.rope.tables(batch);
         let plan = rank.backend.plan(batch, tables, kv.shape.block_size)?;
@@ -182,12 +183,7 @@ impl<B: Backend> Model<B> {
         }
         rank.backend.logits_rows(&ws.hidden, &plan, &mut ws.wanted)?;
         self.head.forward(rank.backend, &self.embedding, &ws.wanted, &mut ws.logits)?;
-        Ok(&ws.logits)
-    }
-
-    /// The LM head, for the ids of this rank's logits and for gathering them.
-    pub fn head(&self) -> &ParallelLmHead<B> {
-        &self.head
+        Ok((&ws.logits, &self.head))
     }
 
     /// All ranks' logits of the last [`Self::forward`]: `[logits_rows, vocab]`, row-major.

@@ -57,7 +57,7 @@ impl CpuMatrix {
             Layout::GateUp => (rows / 2).div_ceil(LANES),
         };
         let panel_bytes = cols * PANEL * dtype.size();
-        let mut memory = Memory::zeroed(panels * panel_bytes, "weights")?;
+        let mut memory = Memory::huge(panels * panel_bytes, "weights")?;
         if panel_bytes > 0 {
             memory
                 .bytes_mut()

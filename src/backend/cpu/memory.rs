@@ -1,11 +1,10 @@
-//! Large zeroed memory on huge pages.
+//! Large zeroed memory.
 
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapOptions};
 
 use crate::error::{Error, Fault, Result};
 
-/// Zeroed anonymous memory, page-aligned, that asks for huge pages: on weights they give
-/// about a quarter more bandwidth. Pages that nobody touches cost nothing.
+/// Zeroed anonymous memory, page-aligned. Pages that nobody touches cost nothing.
 #[derive(Debug)]
 pub(super) struct Memory {
     /// `None` for zero bytes, which cannot be mapped.
@@ -13,12 +12,25 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// `bytes` zeroed bytes for `what`.
+    /// `bytes` zeroed bytes for `what`, on huge pages where the system gives them: on weights,
+    /// which are read as a stream, they are worth about a quarter of the bandwidth.
+    pub(super) fn huge(bytes: usize, what: &str) -> Result<Self> {
+        let memory = Self::zeroed(bytes, what)?;
+        // Advice only: without huge pages everything works, a little slower.
+        #[cfg(target_os = "linux")]
+        if let Some(map) = &memory.map {
+            let _ = map.advise(memmap2::Advice::HugePage);
+        }
+        Ok(memory)
+    }
+
+    /// `bytes` zeroed bytes for `what`; not reserved, so that a large cache costs what is used
+    /// of it.
     pub(super) fn zeroed(bytes: usize, what: &str) -> Result<Self> {
         if bytes == 0 {
             return Ok(Self { map: None });
         }
-        let map = MmapMut::map_anon(bytes).map_err(|error| {
+        let map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon().map_err(|error| {
             Error::OutOfMemory(Fault::new(
                 what,
                 format_args!("{bytes} bytes"),
@@ -26,9 +38,6 @@ impl Memory {
                 "use a smaller dtype, context or number of blocks",
             ))
         })?;
-        // Advice only: without huge pages everything works, a little slower.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
         Ok(Self { map: Some(map) })
     }
 

@@ -12,6 +12,7 @@ mod memory;
 mod norm;
 mod plan;
 mod rope;
+pub mod sampling;
 pub(crate) mod simd;
 mod stored;
 mod tensor;
@@ -24,11 +25,11 @@ pub use plan::CpuPlan;
 pub use simd::Isa;
 pub use tensor::CpuTensor;
 
-use super::{Backend, Epilogue, HeadCounts, KvShape, Layout, RopeTables};
+use super::{Backend, Epilogue, HeadCounts, KvShape, Layout, RopeTables, WantedRecord};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::host::HostMatrix;
-use crate::llama::{Batch, SampleRow};
+use crate::llama::Batch;
 
 /// Multiply-adds below which a product is not worth waking other threads for.
 const PARALLEL_WORK: usize = 1 << 15;
@@ -398,15 +399,36 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn candidates(
+    fn records(
         &mut self,
-        _logits: &CpuTensor,
-        _first_id: usize,
-        _ids: usize,
-        _rows: &[SampleRow],
-        _counts: &[usize],
+        logits: &CpuTensor,
+        first_id: usize,
+        wanted: &[WantedRecord<'_>],
     ) -> Result<Vec<u32>> {
-        unimplemented!("merged with sampling")
+        if let Some(wanted) = wanted.iter().find(|wanted| wanted.row >= logits.rows()) {
+            let rows = format_args!("a row below {}", logits.rows()).to_string();
+            return Err(Error::shape("records: logits", rows, wanted.row));
+        }
+        let cols = logits.cols();
+        let sizes: Vec<_> = wanted.iter().map(|wanted| wanted.record.words()).collect();
+        let mut words = vec![0; sizes.iter().sum()];
+        let mut rest = words.as_mut_slice();
+        let mut tasks = Vec::with_capacity(wanted.len());
+        for (wanted, size) in wanted.iter().zip(sizes) {
+            let (record, tail) = rest.split_at_mut(size);
+            tasks.push((&logits.data()[wanted.row * cols..][..cols], wanted, record));
+            rest = tail;
+        }
+        let run = |(logits, wanted, out): (&[f32], &WantedRecord<'_>, &mut [u32])| {
+            sampling::record(logits, first_id, wanted.sample, wanted.record, out);
+        };
+        match &self.pool {
+            Some(pool) if tasks.len() > 1 => {
+                pool.install(|| tasks.into_par_iter().for_each(run));
+            }
+            _ => tasks.into_iter().for_each(run),
+        }
+        Ok(words)
     }
 
     fn read(&mut self, tensor: &CpuTensor) -> Result<Vec<f32>> {
