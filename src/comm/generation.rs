@@ -157,6 +157,11 @@ impl Generation {
         self.wake_all();
     }
 
+    /// Whether `rank` is gone.
+    pub(crate) fn has_departed(&self, rank: usize) -> bool {
+        self.seats[rank].departed.load(Ordering::Acquire) != 0
+    }
+
     fn wake_all(&self) {
         fence(Ordering::SeqCst);
         for seat in &self.seats {

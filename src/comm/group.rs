@@ -121,8 +121,8 @@ impl Group {
     }
 
     /// A new handle for `rank`, whose thread is lost: stuck, or gone with its handle. It
-    /// becomes usable by [`CpuComm::rebuild`], with all other ranks; the old handle is void,
-    /// and if the group still works, it ends.
+    /// becomes usable by [`CpuComm::rebuild`], with all other ranks. The old handle is void; if
+    /// it has not been dropped, this ends the group.
     ///
     /// # Errors
     /// [`CommError::Argument`] if there is no such rank.
@@ -135,7 +135,10 @@ impl Group {
             });
         }
         let mut state = lock(&self.inner.state);
-        state.current.abort(rank, || "it was replaced".into());
+        // Whoever waits for a rank that has left knows; the others may finish their calls.
+        if !state.current.has_departed(rank) {
+            state.current.abort(rank, || "it was replaced".into());
+        }
         state.incarnations[rank] += 1;
         state.arrived[rank] = false;
         // Mailboxes of its own, of a generation that has ended: there is only ever one
