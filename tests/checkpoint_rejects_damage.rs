@@ -233,6 +233,32 @@ fn an_element_type_nobody_knows() {
 }
 
 #[test]
+fn a_header_whose_metadata_are_no_strings() {
+    let text = refused_weights(raw_file(r#"{"__metadata__": {"a": 1}}"#, &[]));
+    says(
+        &text,
+        &[WEIGHTS, "invalid JSON in header", "fetch the file again"],
+    );
+}
+
+/// A file with thousands of defects is summed up.
+#[test]
+fn a_header_that_is_wrong_throughout() {
+    let entry = json!({"dtype": "F32", "shape": [9], "data_offsets": [0, 4]});
+    let header: serde_json::Map<_, _> = (0..5000)
+        .map(|i| (format!("t{i}"), entry.clone()))
+        .collect();
+    let text = refused_weights(raw_file(
+        &serde_json::Value::Object(header).to_string(),
+        &[0; 4],
+    ));
+    says(
+        &text,
+        &["16 defects", "t0: expected 36 bytes", "4985 more defects"],
+    );
+}
+
+#[test]
 fn a_tensor_named_twice() {
     let one = r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#;
     says(
