@@ -32,16 +32,18 @@ impl Rope {
         let mut dynamic_factor = None;
         let frequencies = match &config.rope.scaling {
             RopeScaling::Default => plain,
-            RopeScaling::Linear { factor } => {
-                plain.iter().map(|&f| (f64::from(f) / factor) as f32).collect()
-            }
+            RopeScaling::Linear { factor } => plain
+                .iter()
+                .map(|&f| (f64::from(f) / factor) as f32)
+                .collect(),
             RopeScaling::Dynamic { factor } => {
                 dynamic_factor = Some(*factor);
                 plain
             }
-            RopeScaling::Llama3 { .. } => {
-                plain.iter().map(|&f| llama3(f64::from(f), &config.rope.scaling)).collect()
-            }
+            RopeScaling::Llama3 { .. } => plain
+                .iter()
+                .map(|&f| llama3(f64::from(f), &config.rope.scaling))
+                .collect(),
             RopeScaling::Yarn { .. } => {
                 attention_factor = yarn_attention_factor(&config.rope.scaling);
                 yarn(dim, theta, &config.rope.scaling)
@@ -60,8 +62,10 @@ impl Rope {
     /// Cosines and sines of a batch's rows.
     pub fn tables(&self, batch: &Batch) -> RopeTables {
         let len = batch.rows() * self.head_dim / 2;
-        let mut tables =
-            RopeTables { cos: Vec::with_capacity(len), sin: Vec::with_capacity(len) };
+        let mut tables = RopeTables {
+            cos: Vec::with_capacity(len),
+            sin: Vec::with_capacity(len),
+        };
         for sequence in 0..batch.sequences() {
             for row in batch.rows_of(sequence) {
                 let position = batch.positions[row];
@@ -101,7 +105,9 @@ impl Rope {
 /// theta^(-2i/dim)
 fn frequencies(dim: usize, theta: f64) -> Vec<f32> {
     let exponent = |i: usize| (2 * i) as f64 / dim as f64;
-    (0..dim / 2).map(|i| theta.powf(exponent(i)).recip() as f32).collect()
+    (0..dim / 2)
+        .map(|i| theta.powf(exponent(i)).recip() as f32)
+        .collect()
 }
 
 /// Llama 3.1: long waves are divided by the factor, short ones kept, between is a ramp.
@@ -122,8 +128,7 @@ fn llama3(frequency: f64, scaling: &RopeScaling) -> f32 {
     } else if wavelength > original / low_freq_factor {
         frequency / factor
     } else {
-        let ramp =
-            (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+        let ramp = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
         (1.0 - ramp) * frequency / factor + ramp * frequency
     };
     result as f32
@@ -161,11 +166,21 @@ fn yarn(dim: usize, theta: f64, scaling: &RopeScaling) -> Vec<f32> {
         let frequency = f64::from(*frequency);
         (frequency / factor * ramp + frequency * (1.0 - ramp)) as f32
     };
-    frequencies(dim, theta).iter().enumerate().map(blend).collect()
+    frequencies(dim, theta)
+        .iter()
+        .enumerate()
+        .map(blend)
+        .collect()
 }
 
 fn yarn_attention_factor(scaling: &RopeScaling) -> f64 {
-    let &RopeScaling::Yarn { factor, attention_factor, mscale, mscale_all_dim, .. } = scaling
+    let &RopeScaling::Yarn {
+        factor,
+        attention_factor,
+        mscale,
+        mscale_all_dim,
+        ..
+    } = scaling
     else {
         unreachable!("called for yarn alone")
     };
