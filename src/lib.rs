@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod comm;
 pub mod dtype;
 pub mod error;
+pub mod generate;
 pub mod host;
 pub mod llama;
 pub mod shard;
