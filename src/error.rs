@@ -7,6 +7,7 @@ use std::fmt;
 use std::path::Path;
 
 use crate::comm::CommError;
+use crate::llama::sampling::SamplingError;
 
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -37,6 +38,9 @@ pub enum Error {
     /// Ranks that lost each other.
     #[error(transparent)]
     Comm(#[from] CommError),
+    /// Logits that no token can be chosen from.
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
 }
 
 impl Error {
@@ -82,7 +86,10 @@ impl Error {
     /// Whether the caller's input is at fault (a command line exits with 2), rather than
     /// something that went wrong while running (it exits with 1).
     pub fn is_input(&self) -> bool {
-        !matches!(self, Self::Comm(_) | Self::OutOfMemory(_))
+        !matches!(
+            self,
+            Self::Comm(_) | Self::OutOfMemory(_) | Self::Sampling(_)
+        )
     }
 }
 

@@ -1,7 +1,32 @@
 //! config.json and generation_config.json.
 
+use std::cell::RefCell;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::json::{Fields, MAX_SIZE, brief, parse_object, read_text};
+use super::rope::rope;
 use crate::dtype::DType;
+use crate::error::{Error, Fault, Faults, Result};
 use crate::shard::Dims;
+
+/// A config.json of more bytes is not one.
+const MAX_BYTES: u64 = 1 << 24;
+/// More heads, or elements of a head, are taken for damage.
+const MAX_HEADS: usize = 1 << 16;
+/// More layers are taken for damage.
+const MAX_LAYERS: usize = 4096;
+/// More parameters are taken for damage; sizes in bytes stay far from overflow.
+const MAX_PARAMETERS: u128 = 1 << 48;
+
+/// Settings under which another model would be computed than the one implemented here.
+const UNSUPPORTED: [&str; 4] = [
+    "quantization_config",
+    "compression_config",
+    "sliding_window",
+    "layer_types",
+];
 
 /// A validated `LlamaForCausalLM` configuration.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +45,265 @@ pub struct LlamaConfig {
     pub bos_token_id: Option<u32>,
     /// Ids that end a text.
     pub eos_token_ids: Vec<u32>,
+}
+
+impl LlamaConfig {
+    /// Reads the text of a config.json; absent fields take the defaults of transformers'
+    /// `LlamaConfig`. `subject` names the text in the error, which lists every defect.
+    pub fn from_json(subject: &str, text: &str) -> Result<Self> {
+        Self::parse(text).map_err(|faults| Error::Model(Faults::new(subject, faults)))
+    }
+
+    /// Reads `dir`/config.json.
+    pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
+        Self::read_faults(dir.as_ref())
+            .map_err(|faults| Error::Model(Faults::new(dir.as_ref().display(), faults)))
+    }
+
+    /// The longest sequence, in tokens: `max_position_embeddings`, times `factor` for
+    /// `dynamic` rope.
+    pub fn max_context(&self) -> usize {
+        match self.rope.scaling {
+            RopeScaling::Dynamic { factor } => {
+                (self.max_position_embeddings as f64 * factor) as usize
+            }
+            _ => self.max_position_embeddings,
+        }
+    }
+
+    /// As [`LlamaConfig::read`]; each fault names the file.
+    pub(super) fn read_faults(dir: &Path) -> Result<Self, Vec<Fault>> {
+        let name = "config.json";
+        match read_text(&dir.join(name), MAX_BYTES) {
+            Ok(Some(text)) => Self::parse(&text).map_err(|faults| within(name, faults)),
+            Ok(None) => Err(vec![Fault::new(
+                name,
+                "a file",
+                "none",
+                "give the directory of a model as Hugging Face writes it, with config.json",
+            )]),
+            Err(fault) => Err(vec![fault]),
+        }
+    }
+
+    fn parse(text: &str) -> Result<Self, Vec<Fault>> {
+        let map = parse_object(text).map_err(|fault| vec![fault])?;
+        let faults = RefCell::new(Vec::new());
+        let fields = Fields::new(&map, &faults);
+        check_architecture(&fields);
+        check_supported(&fields);
+        let dims = dims(&fields);
+        let config = Self::with_dims(&fields, dims);
+        match (config, faults.into_inner()) {
+            (Some(config), faults) if faults.is_empty() => Ok(config),
+            (_, faults) => Err(faults),
+        }
+    }
+
+    fn with_dims(fields: &Fields<'_>, dims: Option<Dims>) -> Option<Self> {
+        let max_position_embeddings = fields.size("max_position_embeddings", MAX_SIZE);
+        let max_position_embeddings = match fields.get("max_position_embeddings") {
+            None => Some(2048),
+            Some(_) => max_position_embeddings,
+        };
+        let expected = "a number above 0 that f32 holds";
+        let eps = fields.number("rms_norm_eps", expected, |n| {
+            n as f32 > 0.0 && (n as f32).is_finite()
+        });
+        let rope = rope(
+            fields,
+            dims.map(|dims| dims.head_dim),
+            max_position_embeddings,
+        );
+        let dtype = dtype(fields);
+        let vocab_size = dims.map(|dims| dims.vocab_size);
+        // transformers' own defaults, where the vocabulary has them.
+        let default = |name: &str, id: u32| match fields.has(name) {
+            true => None,
+            false => Some(id).filter(|&id| (id as usize) < vocab_size.unwrap_or(0)),
+        };
+        let bos = fields.ids("bos_token_id", vocab_size);
+        let bos_token_id = bos.and_then(|ids| ids.first().copied());
+        let eos_token_ids = fields.ids("eos_token_id", vocab_size);
+        Some(Self {
+            dims: dims?,
+            max_position_embeddings: max_position_embeddings?,
+            rms_norm_eps: eps.unwrap_or(1e-6) as f32,
+            rope,
+            dtype,
+            bos_token_id: bos_token_id.or(default("bos_token_id", 1)),
+            eos_token_ids: eos_token_ids
+                .unwrap_or_else(|| default("eos_token_id", 2).into_iter().collect()),
+        })
+    }
+}
+
+/// `faults` as faults of file `name`.
+pub(super) fn within(name: &str, mut faults: Vec<Fault>) -> Vec<Fault> {
+    for fault in &mut faults {
+        fault.what = format!("{name}: {}", fault.what);
+    }
+    faults
+}
+
+fn check_architecture(fields: &Fields<'_>) {
+    let remedy = "use a model of this architecture; others are not supported";
+    let expected = "LlamaForCausalLM";
+    match fields.get("architectures") {
+        Some(Value::Array(list)) if !list.is_empty() => {
+            if !list.iter().any(|name| name == expected) {
+                let names: Vec<_> = list.iter().take(4).map(brief).collect();
+                fields.fault("architectures", expected, names.join(", "), remedy);
+            }
+        }
+        None | Some(Value::Array(_)) => {
+            if fields.get("model_type").is_none() {
+                let expected = "LlamaForCausalLM, or model_type `llama`";
+                fields.fault("architectures", expected, "neither", remedy);
+            }
+        }
+        Some(other) => fields.fault("architectures", "a list of names", brief(other), remedy),
+    }
+    if let Some(name) = fields.text("model_type")
+        && name != "llama"
+    {
+        let found = format!("`{}`", brief(&name.into()).trim_matches('"'));
+        fields.fault("model_type", "`llama`", found, remedy);
+    }
+    if let Some(name) = fields.text("hidden_act")
+        // `swish` is another name for it.
+        && !["silu", "swish"].contains(&name)
+    {
+        let found = format!("`{}`", brief(&name.into()).trim_matches('"'));
+        let remedy = "use a model with this activation; others are not supported";
+        fields.fault("hidden_act", "`silu`", found, remedy);
+    }
+}
+
+fn check_supported(fields: &Fields<'_>) {
+    for name in UNSUPPORTED {
+        let Some(value) = fields.get(name) else {
+            continue;
+        };
+        let harmless = match value {
+            Value::Array(list) => list.iter().all(|kind| kind == "full_attention"),
+            _ => false,
+        };
+        if !harmless {
+            let remedy = "this setting changes the results and is not supported: choose a model \
+                          without it";
+            fields.fault(name, "no such setting", brief(value), remedy);
+        }
+    }
+}
+
+fn dims(fields: &Fields<'_>) -> Option<Dims> {
+    let hidden_size = fields.required_size("hidden_size", MAX_SIZE);
+    let intermediate_size = fields.required_size("intermediate_size", MAX_SIZE);
+    let num_hidden_layers = fields.required_size("num_hidden_layers", MAX_LAYERS);
+    let heads = fields.required_size("num_attention_heads", MAX_HEADS);
+    let kv_heads = fields.size("num_key_value_heads", MAX_HEADS);
+    let kv_heads = match fields.get("num_key_value_heads") {
+        None => heads,
+        Some(_) => kv_heads,
+    };
+    let head_dim = head_dim(fields, hidden_size, heads);
+    let vocab_size = fields.required_size("vocab_size", MAX_SIZE);
+    let attention_bias = fields.flag("attention_bias").unwrap_or(false);
+    let mlp_bias = fields.flag("mlp_bias").unwrap_or(false);
+    let tie_word_embeddings = fields.flag("tie_word_embeddings").unwrap_or(false);
+    if let (Some(heads), Some(kv_heads)) = (heads, kv_heads)
+        && !heads.is_multiple_of(kv_heads)
+    {
+        fields.fault(
+            "num_key_value_heads",
+            format_args!("a divisor of the {heads} attention heads"),
+            kv_heads,
+            "correct one of them",
+        );
+        return None;
+    }
+    let dims = Dims {
+        hidden_size: hidden_size?,
+        intermediate_size: intermediate_size?,
+        num_hidden_layers: num_hidden_layers?,
+        num_attention_heads: heads?,
+        num_key_value_heads: kv_heads?,
+        head_dim: head_dim?,
+        vocab_size: vocab_size?,
+        attention_bias,
+        mlp_bias,
+        tie_word_embeddings,
+    };
+    let parameters = parameters(&dims);
+    if parameters > MAX_PARAMETERS {
+        fields.fault(
+            "hidden_size, intermediate_size, vocab_size, num_hidden_layers, heads",
+            format_args!("a model of at most {MAX_PARAMETERS} parameters"),
+            format_args!("sizes that give {parameters}"),
+            "correct the sizes",
+        );
+        return None;
+    }
+    Some(dims)
+}
+
+fn head_dim(
+    fields: &Fields<'_>,
+    hidden_size: Option<usize>,
+    heads: Option<usize>,
+) -> Option<usize> {
+    let (head_dim, origin) = match fields.get("head_dim") {
+        Some(_) => (fields.size("head_dim", MAX_HEADS)?, ""),
+        None => {
+            let (hidden_size, heads) = (hidden_size?, heads?);
+            if !hidden_size.is_multiple_of(heads) {
+                fields.fault(
+                    "hidden_size",
+                    format_args!("a multiple of the {heads} attention heads, or a head_dim"),
+                    hidden_size,
+                    "correct it or add head_dim",
+                );
+                return None;
+            }
+            let origin = ", which is hidden_size / num_attention_heads";
+            (hidden_size / heads, origin)
+        }
+    };
+    if head_dim.is_multiple_of(2) && head_dim <= MAX_HEADS {
+        return Some(head_dim);
+    }
+    fields.fault(
+        "head_dim",
+        format_args!("an even number up to {MAX_HEADS}"),
+        format_args!("{head_dim}{origin}"),
+        "correct it: rotary embedding takes elements in pairs",
+    );
+    None
+}
+
+/// Elements of all weight matrices.
+fn parameters(dims: &Dims) -> u128 {
+    let wide = |n: usize| n as u128;
+    let heads = 2 * wide(dims.num_attention_heads) + 2 * wide(dims.num_key_value_heads);
+    let attention = heads * wide(dims.head_dim);
+    let mlp = 3 * wide(dims.intermediate_size);
+    let layers = wide(dims.num_hidden_layers) * (attention + mlp);
+    (layers + 2 * wide(dims.vocab_size)) * wide(dims.hidden_size)
+}
+
+/// The type that `dtype` or the older `torch_dtype` names, if it is one of ours.
+fn dtype(fields: &Fields<'_>) -> Option<DType> {
+    let name = match fields.get("dtype") {
+        Some(_) => fields.text("dtype"),
+        None => fields.text("torch_dtype"),
+    };
+    match name?.trim_start_matches("torch.") {
+        "float32" => Some(DType::F32),
+        "bfloat16" => Some(DType::Bf16),
+        "float16" => Some(DType::F16),
+        _ => None,
+    }
 }
 
 /// The rotary embedding of a configuration.
@@ -95,4 +379,62 @@ pub struct GenerationConfig {
     pub min_p: Option<f32>,
     /// Divides positive and multiplies negative logits of tokens already seen.
     pub repetition_penalty: Option<f32>,
+}
+
+impl GenerationConfig {
+    /// Reads the text of a generation_config.json. `subject` names the text in the error,
+    /// which lists every defect.
+    pub fn from_json(subject: &str, text: &str) -> Result<Self> {
+        Self::parse(text, None).map_err(|faults| Error::Model(Faults::new(subject, faults)))
+    }
+
+    /// Reads `dir`/generation_config.json; the default where there is no such file.
+    pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
+        Self::read_faults(dir.as_ref(), None)
+            .map_err(|faults| Error::Model(Faults::new(dir.as_ref().display(), faults)))
+    }
+
+    /// As [`GenerationConfig::read`], for a vocabulary; each fault names the file.
+    pub(super) fn read_faults(dir: &Path, vocab_size: Option<usize>) -> Result<Self, Vec<Fault>> {
+        let name = "generation_config.json";
+        match read_text(&dir.join(name), MAX_BYTES) {
+            Ok(Some(text)) => Self::parse(&text, vocab_size).map_err(|faults| within(name, faults)),
+            Ok(None) => Ok(Self::default()),
+            Err(fault) => Err(vec![fault]),
+        }
+    }
+
+    fn parse(text: &str, vocab_size: Option<usize>) -> Result<Self, Vec<Fault>> {
+        let map = parse_object(text).map_err(|fault| vec![fault])?;
+        let faults = RefCell::new(Vec::new());
+        let fields = Fields::new(&map, &faults);
+        let number = |name, expected, holds: fn(f64) -> bool| {
+            fields.number(name, expected, holds).map(|n| n as f32)
+        };
+        let config = Self {
+            eos_token_ids: fields.ids("eos_token_id", vocab_size),
+            do_sample: fields.flag("do_sample"),
+            temperature: number("temperature", "a number from 0 to 1e6", |n| {
+                (0.0..=1e6).contains(&n)
+            }),
+            top_k: match fields.get("top_k").and_then(Value::as_u64) {
+                // transformers: 0 keeps all.
+                Some(0) => Some(0),
+                _ => fields.size("top_k", u32::MAX as usize),
+            },
+            top_p: number("top_p", "a number from 0 to 1", |n| {
+                (0.0..=1.0).contains(&n)
+            }),
+            min_p: number("min_p", "a number from 0 to 1", |n| {
+                (0.0..=1.0).contains(&n)
+            }),
+            repetition_penalty: number("repetition_penalty", "a number from 1e-6 to 1e6", |n| {
+                (1e-6..=1e6).contains(&n)
+            }),
+        };
+        match faults.into_inner() {
+            faults if faults.is_empty() => Ok(config),
+            faults => Err(faults),
+        }
+    }
 }

@@ -1,5 +1,17 @@
-//! Model directories as Hugging Face writes them.
+//! Model directories as Hugging Face writes them: config.json, generation_config.json, and
+//! weights as safetensors in one file or several.
+//!
+//! [`Checkpoint::open`] checks everything before anything is loaded and reports all that is
+//! wrong together. Weights stay in the files: a [`HostMatrix`](crate::host::HostMatrix) borrows
+//! them from a memory map, whole or the slice of one rank, and nothing is copied. Tokenizer and
+//! chat template are left to others.
 
 mod config;
+mod diagnosis;
+mod json;
+mod open;
+mod rope;
+mod weights;
 
 pub use config::{GenerationConfig, LlamaConfig, RopeConfig, RopeScaling};
+pub use open::Checkpoint;

@@ -1,0 +1,249 @@
+//! What a device does for a model: one trait, implemented by [`cpu`].
+//!
+//! # Contract
+//! - **Stream-ordered.** A call enqueues; its result is there for later calls on the same
+//!   backend, and on the host after [`Backend::synchronize`] or a read. What a call can see
+//!   on the host (shapes, ids) it refuses at once; what only the device can see surfaces at
+//!   the next `synchronize` or read. The CPU runs every call at once.
+//! - **The caller owns outputs.** Operations write to tensors they are given and allocate
+//!   nothing that lives longer than the call.
+//! - **Batch metadata is planned once a step** ([`Backend::plan`]); operations take the plan,
+//!   never host slices.
+//! - **Bits.** A row's result depends on that row's inputs alone: not on the other rows, nor
+//!   on the number of threads.
+//!
+//! Shapes are `[rows, cols]`; rows of activations are tokens.
+
+pub mod cpu;
+
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::host::HostMatrix;
+use crate::llama::sampling::Record;
+use crate::llama::{Batch, SampleRow};
+
+/// How the rows of a weight matrix are placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// In order.
+    Rows,
+    /// Two equal parts, gate and up, interleaved so that a product can end in
+    /// `silu(gate) * up`; its width is that of one part.
+    GateUp,
+}
+
+/// The heads that one rank has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadCounts {
+    /// Query heads.
+    pub q: usize,
+    /// KV heads; divides the query heads.
+    pub kv: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+}
+
+impl HeadCounts {
+    /// Columns of a row of queries, keys and values.
+    pub fn qkv_cols(&self) -> usize {
+        (self.q + 2 * self.kv) * self.head_dim
+    }
+}
+
+/// The sizes of one rank's paged KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Blocks a layer.
+    pub num_blocks: usize,
+    /// Positions a block.
+    pub block_size: usize,
+    /// KV heads of the rank.
+    pub num_kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Storage type.
+    pub dtype: DType,
+}
+
+/// The rotary angles of a batch's rows, `[rows, head_dim / 2]` each, scaled as the rope type
+/// wants it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RopeTables {
+    /// Cosines.
+    pub cos: Vec<f32>,
+    /// Sines.
+    pub sin: Vec<f32>,
+}
+
+/// A record that [`Backend::records`] is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct WantedRecord<'a> {
+    /// The row of the logits.
+    pub row: usize,
+    /// What is to be chosen.
+    pub sample: &'a SampleRow,
+    /// The form of the record.
+    pub record: Record,
+}
+
+/// What is added to a product.
+#[derive(Debug)]
+pub struct Epilogue<'a, B: Backend + ?Sized> {
+    /// One a row of the weights, added before SwiGLU.
+    pub bias: Option<&'a B::Vector>,
+    /// Of the output's shape, added last.
+    pub residual: Option<&'a B::Tensor>,
+}
+
+impl<B: Backend + ?Sized> Epilogue<'_, B> {
+    /// Nothing.
+    pub fn none() -> Self {
+        Self {
+            bias: None,
+            residual: None,
+        }
+    }
+}
+
+/// A device, or the host, that runs the operations of a model for one rank.
+pub trait Backend: Send {
+    /// Activations `[rows, cols]`.
+    type Tensor: Send;
+    /// A weight matrix `[out, in]`.
+    type Matrix: Send;
+    /// Weights of a norm, or a bias, in f32.
+    type Vector: Send;
+    /// The pages of a KV cache.
+    type KvPages: Send;
+    /// A batch's metadata.
+    type Plan: Send;
+
+    /// A tensor of zeros.
+    fn tensor(&mut self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+
+    /// Changes the number of rows; their contents become unspecified. May allocate when the
+    /// tensor never had so many.
+    fn set_rows(&mut self, tensor: &mut Self::Tensor, rows: usize) -> Result<()>;
+
+    /// A weight matrix from `parts` stacked by rows, stored as `dtype`.
+    ///
+    /// # Errors
+    /// Parts of different width; with [`Layout::GateUp`] other than two equal parts.
+    fn matrix(
+        &mut self,
+        parts: &[HostMatrix<'_>],
+        layout: Layout,
+        dtype: DType,
+    ) -> Result<Self::Matrix>;
+
+    /// A vector from `parts`, each of one row, put one after another.
+    fn vector(&mut self, parts: &[HostMatrix<'_>]) -> Result<Self::Vector>;
+
+    /// The pages of a KV cache, zeroed.
+    fn kv_pages(&mut self, shape: KvShape) -> Result<Self::KvPages>;
+
+    /// Puts a checked batch's metadata where the operations want it; `rope` has its angles.
+    fn plan(&mut self, batch: &Batch, rope: RopeTables, block_size: usize) -> Result<Self::Plan>;
+
+    /// `out[row] = table[id(row) - first_id]`, or zeros where the id is not in the table:
+    /// `[rows, table columns]`.
+    fn embedding(
+        &mut self,
+        table: &Self::Matrix,
+        first_id: usize,
+        plan: &Self::Plan,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// `out = x wᵀ` and the epilogue: `[rows, width of w]` from `[rows, in]`. With
+    /// [`Layout::GateUp`], `silu(x gateᵀ + bias) * (x upᵀ + bias) + residual`.
+    fn linear(
+        &mut self,
+        x: &Self::Tensor,
+        w: &Self::Matrix,
+        epilogue: Epilogue<'_, Self>,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// `out = x / sqrt(mean(x²) + eps) * weight`, row by row.
+    fn rms_norm(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// `residual += x (+ bias)`, then `out = rms_norm(residual)`.
+    fn add_rms_norm(
+        &mut self,
+        x: &Self::Tensor,
+        bias: Option<&Self::Vector>,
+        residual: &mut Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// Rotates the queries of `qkv` in place, and writes each row's rotated key and its value
+    /// to its slot of the pages.
+    fn rope_append(
+        &mut self,
+        qkv: &mut Self::Tensor,
+        heads: HeadCounts,
+        plan: &Self::Plan,
+        pages: &mut Self::KvPages,
+        layer: usize,
+    ) -> Result<()>;
+
+    /// Causal attention of each row over its sequence's entries, up to its own position:
+    /// `out` is `[rows, q * head_dim]`.
+    #[expect(clippy::too_many_arguments, reason = "the operands of one operation")]
+    fn attention(
+        &mut self,
+        qkv: &Self::Tensor,
+        heads: HeadCounts,
+        plan: &Self::Plan,
+        pages: &Self::KvPages,
+        layer: usize,
+        scale: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// `out[i] = x[i-th row whose logits are wanted]`.
+    fn logits_rows(
+        &mut self,
+        x: &Self::Tensor,
+        plan: &Self::Plan,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// `out = x[:, first..first + columns of out]`.
+    fn slice_columns(
+        &mut self,
+        x: &Self::Tensor,
+        first: usize,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// `x += bias`, row by row.
+    fn add_bias(&mut self, bias: &Self::Vector, x: &mut Self::Tensor) -> Result<()>;
+
+    /// The records from which ranks choose tokens together (see [`crate::llama::sampling`]), one
+    /// after another: of rows of `logits`, this rank's part of the vocabulary from `first_id` on.
+    /// A read: it waits for the logits.
+    fn records(
+        &mut self,
+        logits: &Self::Tensor,
+        first_id: usize,
+        wanted: &[WantedRecord<'_>],
+    ) -> Result<Vec<u32>>;
+
+    /// Reads a tensor, waiting for all that was enqueued: `[rows, cols]`.
+    fn read(&mut self, tensor: &Self::Tensor) -> Result<Vec<f32>>;
+
+    /// Waits for all that was enqueued; errors of the device surface here.
+    fn synchronize(&mut self) -> Result<()>;
+}

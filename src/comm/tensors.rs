@@ -1,0 +1,91 @@
+//! CPU ranks as a model sees them: collectives on tensors of the CPU backend.
+
+use super::all_reduce::AllReduce;
+use super::cpu::CpuComm;
+use super::stats::CommStats;
+use super::{Communicator, all_reduce};
+use crate::backend::Backend;
+use crate::backend::cpu::{CpuBackend, CpuTensor};
+use crate::error::{Error, Result};
+
+/// A [`CpuComm`] and the all-reduce that it uses for activations.
+#[derive(Debug)]
+pub struct TensorComm {
+    comm: CpuComm,
+    algorithm: &'static dyn AllReduce,
+}
+
+impl TensorComm {
+    /// Uses `auto`, which chooses by size.
+    pub fn new(comm: CpuComm) -> Self {
+        Self { comm, algorithm: &all_reduce::Auto }
+    }
+
+    /// Uses the given all-reduce; all ranks must name the same.
+    pub fn with_algorithm(comm: CpuComm, algorithm: &'static dyn AllReduce) -> Self {
+        Self { comm, algorithm }
+    }
+
+    /// What this rank spent in collectives.
+    pub fn stats(&self) -> CommStats {
+        self.comm.stats()
+    }
+}
+
+impl Communicator<CpuBackend> for TensorComm {
+    fn rank(&self) -> usize {
+        self.comm.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.comm.world_size()
+    }
+
+    fn all_reduce(&mut self, _: &mut CpuBackend, x: &mut CpuTensor) -> Result<()> {
+        Ok(self.comm.all_reduce_with(self.algorithm, x.data_mut())?)
+    }
+
+    fn all_gather_columns(
+        &mut self,
+        backend: &mut CpuBackend,
+        x: &CpuTensor,
+        widths: &[usize],
+        out: &mut CpuTensor,
+    ) -> Result<()> {
+        let (rows, total) = (x.rows(), widths.iter().sum::<usize>());
+        if widths.len() != self.world_size() || out.rows() != rows || out.cols() != total {
+            return Err(Error::shape(
+                "all_gather_columns: output",
+                format_args!("[{rows}, {total}] from {} ranks", self.world_size()),
+                format_args!("[{}, {}] from {}", out.rows(), out.cols(), widths.len()),
+            ));
+        }
+        // Gathered by rank, then laid side by side.
+        let counts: Vec<_> = widths.iter().map(|width| width * rows).collect();
+        let mut gathered = backend.tensor(rows, total)?;
+        self.comm.all_gather_v(x.data(), &counts, gathered.data_mut())?;
+        let mut parts = gathered.data();
+        let mut first = 0;
+        for &width in widths {
+            let (part, rest) = parts.split_at(width * rows);
+            if width > 0 {
+                let out = out.data_mut().chunks_exact_mut(total);
+                for (out, row) in out.zip(part.chunks_exact(width)) {
+                    out[first..first + width].copy_from_slice(row);
+                }
+            }
+            (parts, first) = (rest, first + width);
+        }
+        Ok(())
+    }
+
+    fn all_gather_words(&mut self, _: &mut CpuBackend, words: &[u32]) -> Result<Vec<u32>> {
+        let mut out = vec![0; words.len() * self.world_size()];
+        self.comm.all_gather(words, &mut out)?;
+        Ok(out)
+    }
+
+    fn abort(&mut self, cause: &str) {
+        self.comm.abort(cause);
+    }
+}

@@ -1,0 +1,373 @@
+//! The ranks of one process, each on a thread of its own.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::worker::{Command, Output, Reply, Setup, Work, serve};
+use super::{Batch, Limits, SampleRow};
+use crate::checkpoint::Checkpoint;
+use crate::comm::{self, CommError, CommStats, TensorComm, all_reduce};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layers::Partition;
+
+/// Told the bytes of each weight as a rank is done with it.
+pub type Progress = Arc<dyn Fn(usize) + Send + Sync>;
+
+/// Called with (rank, step) on each rank's thread when it starts a step: for tracing, and for
+/// tests that make a rank fail.
+pub type StepHook = Arc<dyn Fn(usize, u64) + Send + Sync>;
+
+/// How a [`Group`] is made.
+#[derive(Clone)]
+pub struct GroupOptions {
+    /// Number of ranks.
+    pub tp: usize,
+    /// Threads of all ranks together, at least one each; by default the cores.
+    pub threads: Option<usize>,
+    /// Storage type of weights and KV cache; by default the checkpoint's.
+    pub dtype: Option<DType>,
+    /// Longest sequence; by default, and at most, what the model was made for.
+    pub max_model_len: Option<usize>,
+    /// Positions in a block of the KV cache.
+    pub block_size: usize,
+    /// Blocks of the KV cache; by default enough for 16 sequences, or for 65536 positions
+    /// where that is less, and always for one of the longest sequences.
+    pub num_blocks: Option<usize>,
+    /// The all-reduce, by name; by default chosen by size.
+    pub all_reduce: Option<String>,
+    /// How long a rank waits for another.
+    pub deadline: Duration,
+    /// Told of the loading.
+    pub progress: Option<Progress>,
+    /// Told of every step.
+    pub on_step: Option<StepHook>,
+}
+
+impl Default for GroupOptions {
+    fn default() -> Self {
+        Self {
+            tp: 1,
+            threads: None,
+            dtype: None,
+            max_model_len: None,
+            block_size: 16,
+            num_blocks: None,
+            all_reduce: None,
+            deadline: comm::GroupOptions::default().deadline,
+            progress: None,
+            on_step: None,
+        }
+    }
+}
+
+impl std::fmt::Debug for GroupOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GroupOptions")
+            .field("tp", &self.tp)
+            .field("threads", &self.threads)
+            .field("dtype", &self.dtype)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a group has spent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GroupStats {
+    /// Time in collectives, waiting included, of the rank that spent most.
+    pub comm_time: Duration,
+    /// Collectives of one rank.
+    pub comm_calls: u64,
+    /// Bytes that all ranks sent.
+    pub comm_bytes: u64,
+}
+
+/// The ranks of a model as threads of this process: what [`super::Model::forward`] is to one
+/// rank, for all.
+///
+/// When a rank fails, panics or does not come back within the deadline, the call returns the
+/// cause, and so does every later one until [`Self::rebuild`].
+pub struct Group {
+    checkpoint: Arc<Checkpoint>,
+    options: GroupOptions,
+    setup: Setup,
+    limits: Limits,
+    ranks: Vec<RankThread>,
+    replies: Receiver<Reply>,
+    /// For new threads.
+    reply_to: Sender<Reply>,
+    stats: Vec<CommStats>,
+    steps: u64,
+    incarnations: u64,
+    failed: Option<Error>,
+}
+
+struct RankThread {
+    commands: Sender<Command>,
+    thread: JoinHandle<()>,
+    incarnation: u64,
+    /// It owes a reply; a rank that still does after a failure is lost.
+    busy: bool,
+}
+
+impl Group {
+    /// Loads `checkpoint` onto `options.tp` ranks, each reading its own slices.
+    ///
+    /// # Errors
+    /// A `tp` that is not valid for the model, with those that are; options out of range;
+    /// memory.
+    pub fn load(checkpoint: Arc<Checkpoint>, options: GroupOptions) -> Result<Self> {
+        let config = checkpoint.config();
+        config.dims.check_tp(options.tp)?;
+        let limits = limits(&checkpoint, &options)?;
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let setup = Setup {
+            checkpoint: checkpoint.clone(),
+            part: Partition { tp: options.tp, rank: 0 },
+            incarnation: 0,
+            threads: (options.threads.unwrap_or(cores) / options.tp).max(1),
+            dtype: options.dtype.unwrap_or(checkpoint.dtype()),
+            max_model_len: limits.max_model_len,
+            num_blocks: limits.num_blocks,
+            block_size: limits.block_size,
+            progress: options.progress.clone(),
+            on_step: options.on_step.clone(),
+        };
+        let (reply_to, replies) = mpsc::channel();
+        let mut group = Self {
+            checkpoint,
+            stats: vec![CommStats::default(); options.tp],
+            options,
+            setup,
+            limits,
+            ranks: Vec::new(),
+            replies,
+            reply_to,
+            steps: 0,
+            incarnations: 0,
+            failed: None,
+        };
+        for comm in group.communicators()? {
+            let rank = group.ranks.len();
+            let thread = group.spawn(rank, comm)?;
+            group.ranks.push(thread);
+        }
+        group.collect()?;
+        Ok(group)
+    }
+
+    /// The checkpoint it was loaded from.
+    pub fn checkpoint(&self) -> &Arc<Checkpoint> {
+        &self.checkpoint
+    }
+
+    /// What a batch must keep to.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// The storage type of weights and KV cache.
+    pub fn dtype(&self) -> DType {
+        self.setup.dtype
+    }
+
+    /// What was spent so far.
+    pub fn stats(&self) -> GroupStats {
+        GroupStats {
+            comm_time: self.stats.iter().map(|s| s.elapsed).max().unwrap_or_default(),
+            comm_calls: self.stats.iter().map(|s| s.calls).max().unwrap_or_default(),
+            comm_bytes: self.stats.iter().map(|s| s.bytes_sent).sum(),
+        }
+    }
+
+    /// The logits of the rows asked for: `[logits_rows, vocab_size]`, row-major.
+    ///
+    /// # Errors
+    /// A batch that breaks the limits (the group goes on); a failed rank (it does not).
+    pub fn forward(&mut self, batch: &Batch) -> Result<Vec<f32>> {
+        match self.run(batch, None)? {
+            Output::Logits(logits) => Ok(logits),
+            _ => unreachable!("ranks answer a forward with logits"),
+        }
+    }
+
+    /// The token chosen for each of the rows asked for.
+    ///
+    /// # Errors
+    /// As [`Self::forward`], and logits that no token can be chosen from (the group goes on).
+    pub fn step(&mut self, batch: &Batch, sample: &[SampleRow]) -> Result<Vec<u32>> {
+        if sample.len() != batch.logits_rows.len() {
+            let expected = format!("{}, one a logits row", batch.logits_rows.len());
+            return Err(Error::shape("step: sampling rows", expected, sample.len()));
+        }
+        match self.run(batch, Some(sample.to_vec()))? {
+            Output::Tokens(tokens) => Ok(tokens),
+            _ => unreachable!("ranks answer a step with tokens"),
+        }
+    }
+
+    /// Makes the group work again after a failure: ranks that answered keep their weights; a
+    /// lost one is replaced by a new thread that loads them. Its thread cannot be killed: it is
+    /// left with its memory, and ends when it comes back. The KV cache's contents are void.
+    pub fn rebuild(&mut self) -> Result<()> {
+        for (rank, comm) in self.communicators()?.into_iter().enumerate() {
+            if self.ranks[rank].busy || self.ranks[rank].thread.is_finished() {
+                self.ranks[rank] = self.spawn(rank, comm)?;
+            } else {
+                self.send(rank, Command::Rejoin(comm))?;
+            }
+        }
+        self.failed = None;
+        self.collect().map(|_| ())
+    }
+
+    fn run(&mut self, batch: &Batch, sample: Option<Vec<SampleRow>>) -> Result<Output> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        batch.check(&self.limits)?;
+        self.steps += 1;
+        let work = Arc::new(Work { step: self.steps, batch: batch.clone(), sample });
+        for rank in 0..self.ranks.len() {
+            self.send(rank, Command::Run(work.clone()))?;
+        }
+        self.collect()
+    }
+
+    fn send(&mut self, rank: usize, command: Command) -> Result<()> {
+        let thread = &mut self.ranks[rank];
+        thread.busy = true;
+        thread.commands.send(command).map_err(|_| gone(rank))
+    }
+
+    /// The first rank's output once all ranks have answered, or the cause of the failure. After
+    /// a failure the others have the deadline to answer; they need far less, since it ends
+    /// their waits.
+    fn collect(&mut self) -> Result<Output> {
+        let mut output = None;
+        let mut cause: Option<Error> = None;
+        let mut until: Option<Instant> = None;
+        while self.ranks.iter().any(|rank| rank.busy) {
+            let reply = match until {
+                None => self.replies.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(until) => {
+                    self.replies.recv_timeout(until.saturating_duration_since(Instant::now()))
+                }
+            };
+            let Ok(reply) = reply else { break };
+            let rank = &mut self.ranks[reply.rank];
+            if rank.incarnation != reply.incarnation {
+                continue;
+            }
+            rank.busy = false;
+            self.stats[reply.rank] = reply.stats;
+            match reply.result {
+                Ok(out) if reply.rank == 0 => output = Some(out),
+                Ok(_) => {}
+                Err(error) => {
+                    until.get_or_insert(Instant::now() + self.options.deadline);
+                    cause = Some(match cause.take() {
+                        Some(earlier) => root_cause(earlier, error),
+                        None => error,
+                    });
+                }
+            }
+        }
+        match (cause, output) {
+            (None, Some(output)) => Ok(output),
+            (cause, _) => {
+                let error = cause.unwrap_or_else(|| gone(0));
+                if !matches!(error, Error::Sampling(_)) {
+                    self.failed = Some(error.clone());
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn communicators(&self) -> Result<Vec<TensorComm>> {
+        let algorithm = all_reduce::by_name(self.options.all_reduce.as_deref().unwrap_or("auto"))
+            .map_err(|error| {
+                Error::input("all_reduce", "a known algorithm", error, "name one of them")
+            })?;
+        let options =
+            comm::GroupOptions { deadline: self.options.deadline, ..Default::default() };
+        let (_, comms) = comm::Group::new(self.options.tp, options)?;
+        Ok(comms.into_iter().map(|comm| TensorComm::with_algorithm(comm, algorithm)).collect())
+    }
+
+    fn spawn(&mut self, rank: usize, comm: TensorComm) -> Result<RankThread> {
+        self.incarnations += 1;
+        let setup = Setup {
+            part: Partition { rank, ..self.setup.part },
+            incarnation: self.incarnations,
+            ..self.setup.clone()
+        };
+        let (commands, inbox) = mpsc::channel();
+        let reply_to = self.reply_to.clone();
+        let thread = thread::Builder::new()
+            .name(format!("ringtp-rank-{rank}"))
+            .spawn(move || serve(setup, comm, &inbox, &reply_to))
+            .map_err(|error| Error::input("ranks", "threads that start", error, "use fewer"))?;
+        Ok(RankThread { commands, thread, incarnation: self.incarnations, busy: true })
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        for rank in self.ranks.drain(..) {
+            drop(rank.commands);
+            if !rank.busy {
+                // It is idle, so it ends at once; a panic of its was reported already.
+                let _ = rank.thread.join();
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Group")
+            .field("options", &self.options)
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
+
+fn gone(rank: usize) -> Error {
+    CommError::RankFailed { rank, cause: "its thread has ended".into() }.into()
+}
+
+/// Which of two ranks' errors says more: a rank's own over what its peers saw of it, and who
+/// failed over who was waited for in vain.
+fn root_cause(a: Error, b: Error) -> Error {
+    let depth = |error: &Error| match error {
+        Error::Comm(CommError::Timeout { .. }) => 1,
+        Error::Comm(CommError::RankFailed { .. }) => 2,
+        _ => 0,
+    };
+    if depth(&b) < depth(&a) { b } else { a }
+}
+
+fn limits(checkpoint: &Checkpoint, options: &GroupOptions) -> Result<Limits> {
+    let config = checkpoint.config();
+    let context = config.max_context();
+    let max_model_len = options.max_model_len.unwrap_or(context);
+    if max_model_len == 0 || max_model_len > context {
+        return Err(Error::input(
+            "max_model_len",
+            format_args!("1 to {context}, the context of the model"),
+            max_model_len,
+            "choose a shorter one",
+        ));
+    }
+    let block_size = options.block_size;
+    if block_size == 0 || !block_size.is_multiple_of(16) {
+        return Err(Error::input("block_size", "a multiple of 16", block_size, "use 16 or 32"));
+    }
+    let positions = max_model_len.max(65536.min(16 * max_model_len));
+    let num_blocks = options.num_blocks.unwrap_or(positions.div_ceil(block_size));
+    Ok(Limits { vocab_size: config.dims.vocab_size, max_model_len, num_blocks, block_size })
+}

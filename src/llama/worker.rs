@@ -1,0 +1,168 @@
+//! The thread of one rank of a [`super::Group`].
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+
+use super::group::{Progress, StepHook};
+use super::{Batch, KvCache, Model, SampleRow, select};
+use crate::backend::cpu::CpuBackend;
+use crate::checkpoint::Checkpoint;
+use crate::comm::{CommError, CommStats, Communicator, TensorComm};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layers::{Partition, Rank};
+
+/// What a rank is asked to do.
+pub(super) enum Command {
+    /// One step.
+    Run(Arc<Work>),
+    /// Go on with a new group.
+    Rejoin(TensorComm),
+}
+
+/// One step, the same for all ranks.
+pub(super) struct Work {
+    /// Counts the steps of the group.
+    pub(super) step: u64,
+    pub(super) batch: Batch,
+    /// How tokens are chosen; `None` where the logits are wanted.
+    pub(super) sample: Option<Vec<SampleRow>>,
+}
+
+/// What a rank answers, to its loading and to every command.
+pub(super) struct Reply {
+    pub(super) rank: usize,
+    /// Which thread of this rank it is from: a lost one may answer late.
+    pub(super) incarnation: u64,
+    pub(super) result: Result<Output>,
+    pub(super) stats: CommStats,
+}
+
+/// What a step came to.
+pub(super) enum Output {
+    /// Loaded, or rejoined.
+    Ready,
+    /// `[logits_rows, vocab]`; empty on all ranks but the first.
+    Logits(Vec<f32>),
+    /// One a row of logits.
+    Tokens(Vec<u32>),
+}
+
+/// What a rank is made of.
+#[derive(Clone)]
+pub(super) struct Setup {
+    pub(super) checkpoint: Arc<Checkpoint>,
+    pub(super) part: Partition,
+    pub(super) incarnation: u64,
+    pub(super) threads: usize,
+    pub(super) dtype: DType,
+    pub(super) max_model_len: usize,
+    pub(super) num_blocks: usize,
+    pub(super) block_size: usize,
+    pub(super) progress: Option<Progress>,
+    pub(super) on_step: Option<StepHook>,
+}
+
+struct Worker {
+    setup: Setup,
+    backend: CpuBackend,
+    comm: TensorComm,
+    model: Model<CpuBackend>,
+    kv: KvCache<CpuBackend>,
+}
+
+/// Loads the rank's part, then serves commands until the group is dropped.
+pub(super) fn serve(
+    setup: Setup,
+    mut comm: TensorComm,
+    commands: &Receiver<Command>,
+    replies: &Sender<Reply>,
+) {
+    let reply = |comm: &TensorComm, result| {
+        let Partition { rank, .. } = setup.part;
+        let incarnation = setup.incarnation;
+        // A group that is gone needs no reply.
+        let _ = replies.send(Reply { rank, incarnation, result, stats: comm.stats() });
+    };
+    let loaded = guarded(setup.part.rank, || load(&setup));
+    let (backend, model, kv) = match loaded {
+        Ok(parts) => parts,
+        Err(error) => {
+            comm.abort(&error.to_string());
+            return reply(&comm, Err(error));
+        }
+    };
+    reply(&comm, Ok(Output::Ready));
+    let mut worker = Worker { setup: setup.clone(), backend, comm, model, kv };
+    while let Ok(command) = commands.recv() {
+        let result = match command {
+            Command::Rejoin(comm) => {
+                worker.comm = comm;
+                Ok(Output::Ready)
+            }
+            Command::Run(work) => {
+                let result = guarded(setup.part.rank, || worker.run(&work));
+                if let Err(error) = &result
+                    && !matches!(error, Error::Sampling(_))
+                {
+                    // All ranks choose tokens alike, so they all have that error; any other
+                    // may be this rank's alone.
+                    worker.comm.abort(&error.to_string());
+                }
+                result
+            }
+        };
+        reply(&worker.comm, result);
+    }
+}
+
+/// Runs `f`; a panic becomes an error that names the rank.
+fn guarded<R>(rank: usize, f: impl FnOnce() -> Result<R>) -> Result<R> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let cause = format!("panicked: {}", panic_message(&*panic));
+        Err(CommError::RankFailed { rank, cause }.into())
+    })
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let message = panic.downcast_ref::<&str>().copied();
+    message.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)")
+}
+
+fn load(setup: &Setup) -> Result<(CpuBackend, Model<CpuBackend>, KvCache<CpuBackend>)> {
+    let mut backend = CpuBackend::new(setup.threads)?;
+    let progress = |bytes| {
+        if let Some(progress) = &setup.progress {
+            progress(bytes);
+        }
+    };
+    let mut model =
+        Model::load(&mut backend, &setup.checkpoint, setup.part, setup.dtype, &progress)?;
+    model.limit_context(setup.max_model_len);
+    let kv = model.kv_cache(&mut backend, setup.num_blocks, setup.block_size, setup.dtype)?;
+    Ok((backend, model, kv))
+}
+
+impl Worker {
+    fn run(&mut self, work: &Work) -> Result<Output> {
+        if let Some(on_step) = &self.setup.on_step {
+            on_step(self.setup.part.rank, work.step);
+        }
+        let mut rank = Rank { backend: &mut self.backend, comm: &mut self.comm };
+        let rows = work.batch.logits_rows.len();
+        match &work.sample {
+            Some(sample) => {
+                let (logits, head) = self.model.forward(&mut rank, &work.batch, &mut self.kv)?;
+                Ok(Output::Tokens(select(&mut rank, head, logits, sample)?))
+            }
+            None => {
+                self.model.forward(&mut rank, &work.batch, &mut self.kv)?;
+                let logits = self.model.gather_logits(&mut rank, rows)?;
+                let first = self.setup.part.rank == 0;
+                Ok(Output::Logits(if first { logits } else { Vec::new() }))
+            }
+        }
+    }
+}
