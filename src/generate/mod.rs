@@ -2,6 +2,7 @@
 //!
 //! | part | what it does |
 //! |---|---|
+//! | [`Llm`] | a loaded model with its tokenizer: text in, text out |
 //! | [`run`] | requests of ids to completions, on any [`Engine`] |
 //! | [`Scheduler`], [`BlockAllocator`] | which rows of which sequences a step computes, in which blocks |
 //! | [`SamplingParams`], [`Sampling`] | how tokens are chosen, before and after the model's defaults |
@@ -14,6 +15,7 @@
 mod block_allocator;
 mod chat;
 mod engine;
+mod llm;
 mod output;
 mod params;
 mod prompt;
@@ -25,6 +27,7 @@ mod tokenizer;
 pub use block_allocator::BlockAllocator;
 pub use chat::{ChatTemplate, Message};
 pub use engine::Engine;
+pub use llm::{Llm, LlmBuilder, OpenModel};
 pub use output::{Completion, Event, FinishReason, Timing, Usage};
 pub use params::{Sampling, SamplingParams};
 pub use prompt::Prompt;
