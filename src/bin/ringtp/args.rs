@@ -129,7 +129,6 @@ pub(crate) struct PromptArgs {
         long,
         value_name = "TEXT",
         allow_hyphen_values = true,
-        required_unless_present = "ids",
         help_heading = "Prompts"
     )]
     prompt: Vec<String>,

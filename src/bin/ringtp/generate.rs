@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write, stdout};
 use std::ops::ControlFlow;
 
+use ringtp::Error;
 use ringtp::generate::{Completion, Event, Prompt, SamplingParams, Timing};
 use serde_json::json;
 
@@ -12,6 +13,14 @@ use crate::args::GenerateArgs;
 use crate::progress::LoadBar;
 
 pub(crate) fn generate(args: &GenerateArgs, prompts: &[Prompt]) -> Result<(), Failure> {
+    if prompts.is_empty() {
+        return Err(Failure::Ringtp(Error::input(
+            "prompts",
+            "at least one",
+            "none",
+            "pass --prompt TEXT or --ids 1,2,3",
+        )));
+    }
     let params = args.sampling.params();
     let builder = args.model.builder().max_batch_tokens(args.max_batch_tokens);
     let (bar, builder) = LoadBar::new(builder);
