@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod comm;
 pub mod dtype;
 pub mod error;
+pub mod generate;
 pub mod host;
 pub mod layers;
 pub mod llama;

@@ -1,0 +1,369 @@
+//! The arguments of the command line.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{ArgMatches, Args, Parser, Subcommand};
+use ringtp::DType;
+use ringtp::generate::{Llm, LlmBuilder, Message, Prompt, SamplingParams};
+
+/// Tensor-parallel Llama inference.
+///
+/// A model is a directory as Hugging Face has them: config.json, weights as safetensors
+/// (whole, or several files with an index), and for text tokenizer.json. It is split over
+/// --tp ranks, each a thread of this process with its own slices of the weights.
+///
+/// Results go to standard output, everything else to standard error. Exit codes: 0 done,
+/// 1 something failed while running, 2 bad input.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Continue prompts, streaming the text
+    Generate(GenerateArgs),
+    /// Write the logits of every position of a sequence to a file
+    Logits(LogitsArgs),
+    /// Show which slice of which tensor each rank holds, and check that they fit together
+    Shards(ShardsArgs),
+}
+
+/// Continue prompts.
+///
+/// One prompt is streamed as it is generated; of several, each is printed when it is done.
+/// Where neither the command line nor the model's generation_config.json asks for sampling,
+/// the most probable token is taken. The tokens of a prompt do not depend on the other
+/// prompts, on --max-batch-tokens or on --threads. At the end standard error gets the speed
+/// of prefill and decode and the time in collectives.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  ringtp generate --model DIR --prompt 'It is a truth' --tp 4 --temperature 0.7 --seed 1
+  ringtp generate --model DIR --chat --prompt 'What is a ring all-reduce?' --max-tokens 200
+  ringtp generate --model DIR --ids 1,15,27 --ids 1,99 --json
+
+With --json there is one object a line for each prompt, in the order of the prompts:
+  {\"index\":0,\"ids\":[..],\"text\":\"..\",\"finish_reason\":\"stop\",
+   \"usage\":{\"prompt_tokens\":3,\"completion_tokens\":8,\"total_tokens\":11},\"seed\":1}
+`ids` are the generated ones, the one that ended the text included; `text` is null for --ids;
+`finish_reason` is stop (end of text, --stop, --stop-id) or length (--max-tokens, context).")]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) prompts: PromptArgs,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// The most rows computed in one step; longer prompts are computed in chunks
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 512,
+        help_heading = "Execution"
+    )]
+    pub(crate) max_batch_tokens: usize,
+    /// Print one JSON object a line for each prompt
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// The model directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// The number of ranks; where it is impossible, the error lists the possible ones
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        help_heading = "Execution"
+    )]
+    pub(crate) tp: usize,
+    /// How weights and KV cache are stored; auto is as in the checkpoint. Sums are f32 always
+    #[arg(
+        long,
+        value_name = "TYPE",
+        default_value = "auto",
+        help_heading = "Execution"
+    )]
+    pub(crate) dtype: Storage,
+    /// The threads of all ranks together [default: one a core]
+    #[arg(long, value_name = "N", help_heading = "Execution")]
+    pub(crate) threads: Option<usize>,
+    /// A context shorter than the model's, in tokens: a smaller KV cache
+    #[arg(long, value_name = "N", help_heading = "Execution")]
+    pub(crate) max_model_len: Option<usize>,
+    /// The all-reduce between the ranks, by name [default: chosen by size]
+    #[arg(long, value_name = "NAME", help_heading = "Execution")]
+    pub(crate) all_reduce: Option<String>,
+    /// How many seconds a rank waits for another before all give up [default: the library's]
+    #[arg(long, value_name = "SECONDS", value_parser = deadline, help_heading = "Execution")]
+    pub(crate) deadline: Option<Duration>,
+}
+
+impl ModelArgs {
+    pub(crate) fn builder(&self) -> LlmBuilder {
+        let builder = Llm::builder(&self.model)
+            .tp(self.tp)
+            .dtype(self.dtype.0)
+            .threads(self.threads)
+            .max_model_len(self.max_model_len)
+            .all_reduce(self.all_reduce.clone());
+        match self.deadline {
+            Some(deadline) => builder.deadline(deadline),
+            None => builder,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PromptArgs {
+    /// A prompt; may be given several times
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        help_heading = "Prompts"
+    )]
+    prompt: Vec<String>,
+    /// A prompt as token ids: no tokenizer is needed or used; may be given several times
+    #[arg(
+        long,
+        value_name = "1,2,3",
+        allow_hyphen_values = true,
+        help_heading = "Prompts"
+    )]
+    ids: Vec<Ids>,
+    /// Take each --prompt as a user's message and apply the model's chat template
+    #[arg(long, help_heading = "Prompts")]
+    chat: bool,
+    /// A system message before the user's; with --chat
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        requires = "chat",
+        help_heading = "Prompts"
+    )]
+    system: Option<String>,
+}
+
+impl PromptArgs {
+    /// The prompts in the order of the command line, texts and ids mixed.
+    pub(crate) fn in_order(&self, matches: &ArgMatches) -> Vec<Prompt> {
+        let places = |name| matches.indices_of(name).into_iter().flatten();
+        let texts = self.prompt.iter().map(|text| self.text(text));
+        let ids = self.ids.iter().map(|ids| Prompt::Ids(ids.0.clone()));
+        let mut all: Vec<_> = places("prompt").zip(texts).collect();
+        all.extend(places("ids").zip(ids));
+        all.sort_by_key(|&(place, _)| place);
+        all.into_iter().map(|(_, prompt)| prompt).collect()
+    }
+
+    fn text(&self, text: &str) -> Prompt {
+        if !self.chat || text.is_empty() {
+            return Prompt::Text(text.into());
+        }
+        let system = self.system.iter().map(Message::system);
+        Prompt::Chat(system.chain([Message::user(text)]).collect())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SamplingArgs {
+    /// The most tokens to generate for each prompt
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 128,
+        help_heading = "Sampling"
+    )]
+    max_tokens: usize,
+    /// Flattens (above 1) or sharpens (below) the distribution; 0 takes the most probable token
+    #[arg(
+        long,
+        value_name = "T",
+        allow_hyphen_values = true,
+        help_heading = "Sampling"
+    )]
+    temperature: Option<f32>,
+    /// Only from the K most probable tokens; 0 is all
+    #[arg(
+        long,
+        value_name = "K",
+        allow_hyphen_values = true,
+        help_heading = "Sampling"
+    )]
+    top_k: Option<usize>,
+    /// Only from the fewest tokens whose probabilities reach P, in (0, 1]
+    #[arg(
+        long,
+        value_name = "P",
+        allow_hyphen_values = true,
+        help_heading = "Sampling"
+    )]
+    top_p: Option<f32>,
+    /// Only from tokens at least P times as probable as the best, in [0, 1]
+    #[arg(
+        long,
+        value_name = "P",
+        allow_hyphen_values = true,
+        help_heading = "Sampling"
+    )]
+    min_p: Option<f32>,
+    /// Makes tokens seen before less probable (above 1)
+    #[arg(
+        long,
+        value_name = "R",
+        allow_hyphen_values = true,
+        help_heading = "Sampling"
+    )]
+    repetition_penalty: Option<f32>,
+    /// The key of the random numbers: the same seed gives the same tokens [default: drawn]
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    seed: Option<u64>,
+    /// A text that ends the completion, not printed; may be given several times
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        help_heading = "Sampling"
+    )]
+    stop: Vec<String>,
+    /// A token id that ends the completion; may be given several times
+    #[arg(long, value_name = "ID", help_heading = "Sampling")]
+    stop_id: Vec<u32>,
+    /// Go on after the model's end-of-text ids, up to --max-tokens
+    #[arg(long, help_heading = "Sampling")]
+    ignore_eos: bool,
+}
+
+impl SamplingArgs {
+    pub(crate) fn params(&self) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            max_tokens: Some(self.max_tokens),
+            min_tokens: 0,
+            stop: self.stop.clone(),
+            stop_ids: self.stop_id.clone(),
+            ignore_eos: self.ignore_eos,
+            seed: self.seed,
+        }
+    }
+}
+
+/// Write the logits of a sequence.
+///
+/// The file is safetensors with one tensor, `logits`: f32, [number of ids, vocabulary]; row i
+/// is what the model expects after id i. It is written beside its name and renamed when it is
+/// whole. Memory does not grow with the number of ids but for the KV cache.
+#[derive(Debug, Args)]
+pub(crate) struct LogitsArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// The sequence, as token ids
+    #[arg(long, value_name = "1,2,3", allow_hyphen_values = true)]
+    pub(crate) ids: Ids,
+    /// The file to write
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// The most ids computed in one step
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 512,
+        help_heading = "Execution"
+    )]
+    pub(crate) max_batch_tokens: usize,
+    /// Print what was written as a JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Show the slices of every rank.
+///
+/// A line for each tensor and rank: name, shape, rank, the slice it holds, its bytes in
+/// storage. Then the check: the slices of all ranks cover each tensor of the checkpoint,
+/// overlap only where a whole KV head is replicated, and those that are multiplied with each
+/// other match on every rank.
+#[derive(Debug, Args)]
+pub(crate) struct ShardsArgs {
+    /// The model directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// The number of ranks; where it is impossible, the error lists the possible ones
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) tp: usize,
+    /// How weights are stored: decides the bytes; auto is as in the checkpoint
+    #[arg(long, value_name = "TYPE", default_value = "auto")]
+    pub(crate) dtype: Storage,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A storage type, or `None` for the checkpoint's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Storage(pub(crate) Option<DType>);
+
+impl FromStr for Storage {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "auto" => Ok(Self(None)),
+            name => name
+                .parse()
+                .map(|dtype| Self(Some(dtype)))
+                .map_err(|_| "expected auto, f32, bf16 or f16; name one of these".to_string()),
+        }
+    }
+}
+
+/// Token ids, separated by commas; empty for no id.
+#[derive(Clone, Debug)]
+pub(crate) struct Ids(pub(crate) Vec<u32>);
+
+impl FromStr for Ids {
+    type Err = String;
+
+    fn from_str(list: &str) -> Result<Self, String> {
+        let list = list.trim();
+        if list.is_empty() {
+            return Ok(Self(Vec::new()));
+        }
+        let parse = |id: &str| {
+            id.trim().parse().map_err(|_| {
+                format!(
+                    "token ids: expected numbers from 0 to {} with commas between, found {id:?}; \
+                     use ids of this model's tokenizer",
+                    u32::MAX
+                )
+            })
+        };
+        list.split(',')
+            .map(parse)
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+}
+
+fn deadline(seconds: &str) -> Result<Duration, String> {
+    let parsed: Option<f64> = seconds.parse().ok();
+    match parsed {
+        Some(seconds) if seconds > 0.0 && seconds <= 86_400.0 => {
+            Ok(Duration::from_secs_f64(seconds))
+        }
+        _ => Err("expected seconds above 0, at most 86400".into()),
+    }
+}

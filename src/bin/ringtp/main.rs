@@ -1,0 +1,63 @@
+//! The command line.
+//!
+//! Exit codes: 0 done, 1 something failed while running, 2 bad input. Results go to standard
+//! output, everything else to standard error; a reader that goes away ends the program quietly.
+
+mod args;
+mod generate;
+mod logits;
+mod progress;
+mod shards;
+
+use std::io::ErrorKind;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches};
+
+use args::{Cli, Command};
+
+/// Why a command ended early.
+enum Failure {
+    /// An error of the library.
+    Ringtp(ringtp::Error),
+    /// Standard output could not be written.
+    Output(std::io::Error),
+}
+
+impl From<ringtp::Error> for Failure {
+    fn from(error: ringtp::Error) -> Self {
+        Self::Ringtp(error)
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+fn main() -> ExitCode {
+    // Usage errors are clap's: a line on standard error, exit code 2.
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let result = match (&cli.command, matches.subcommand()) {
+        (Command::Generate(args), Some((_, matches))) => {
+            generate::generate(args, &args.prompts.in_order(matches))
+        }
+        (Command::Generate(args), None) => generate::generate(args, &[]),
+        (Command::Logits(args), _) => logits::logits(args),
+        (Command::Shards(args), _) => shards::shards(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Output(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(Failure::Output(error)) => {
+            eprintln!("error: standard output: {error}; free some space or redirect it");
+            ExitCode::from(1)
+        }
+        Err(Failure::Ringtp(error)) => {
+            eprintln!("error: {error}");
+            ExitCode::from(if error.is_input() { 2 } else { 1 })
+        }
+    }
+}

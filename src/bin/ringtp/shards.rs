@@ -1,0 +1,203 @@
+//! `ringtp shards`.
+
+use std::io::{Write, stdout};
+use std::ops::Range;
+
+use ringtp::checkpoint::Checkpoint;
+use ringtp::shard::{Dims, ShardPlan, TensorPlan};
+use ringtp::{DType, Error};
+use serde_json::{Value, json};
+
+use crate::Failure;
+use crate::args::ShardsArgs;
+
+pub(crate) fn shards(args: &ShardsArgs) -> Result<(), Failure> {
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let plan = ShardPlan::new(&checkpoint.config().dims, args.tp)?;
+    let dtype = args.dtype.0.unwrap_or(checkpoint.dtype());
+    check(&plan, &checkpoint)?;
+    let text = match args.json {
+        true => format!("{}\n", to_json(&plan, dtype)),
+        false => table(&plan, dtype),
+    };
+    let mut out = stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(())
+}
+
+/// Checks that the slices of all ranks make up the tensors of the checkpoint, and that every
+/// rank's slices fit each other.
+fn check(plan: &ShardPlan, checkpoint: &Checkpoint) -> ringtp::Result<()> {
+    for tensor in plan.tensors() {
+        tiles(tensor)?;
+        for rank in 0..plan.tp() {
+            let part = checkpoint.shard(tensor, rank)?;
+            let elements = part.rows() * part.cols();
+            if elements != tensor.elements(rank) {
+                return Err(disagree(tensor, rank, tensor.elements(rank), elements));
+            }
+        }
+    }
+    let find = |name: &str| plan.tensors().iter().find(|tensor| tensor.name == name);
+    for layer in 0..plan.dims().num_hidden_layers {
+        let part = |name: &str| find(&format!("model.layers.{layer}.{name}.weight"));
+        // What one product puts out, the next one takes in.
+        same(part("self_attn.q_proj"), part("self_attn.o_proj"))?;
+        same(part("self_attn.k_proj"), part("self_attn.v_proj"))?;
+        same(part("mlp.gate_proj"), part("mlp.up_proj"))?;
+        same(part("mlp.gate_proj"), part("mlp.down_proj"))?;
+        if let (Some(q), Some(k)) = (part("self_attn.q_proj"), part("self_attn.k_proj")) {
+            heads(plan.dims(), q, k)?;
+        }
+    }
+    if let Some(head) = find("lm_head.weight") {
+        same(find("model.embed_tokens.weight"), Some(head))?;
+    }
+    Ok(())
+}
+
+/// The ranges cover the dimension; two are the same, or do not overlap.
+fn tiles(tensor: &TensorPlan) -> ringtp::Result<()> {
+    let length = tensor.shape[tensor.dim.unwrap_or(0)];
+    let mut ranges: Vec<(Range<usize>, usize)> = tensor.ranges.iter().cloned().zip(0..).collect();
+    ranges.sort_by_key(|(range, _)| (range.start, range.end));
+    let mut last = 0..0;
+    for (range, rank) in ranges {
+        let follows = range.start == last.end || range == last || range.is_empty();
+        if !follows {
+            let expected = format!("a slice from {}", last.end);
+            return Err(disagree(tensor, rank, expected, format_args!("{range:?}")));
+        }
+        if !range.is_empty() {
+            last = range;
+        }
+    }
+    if last.end != length {
+        let expected = format!("slices up to {length}");
+        return Err(disagree(
+            tensor,
+            tensor.ranges.len() - 1,
+            expected,
+            last.end,
+        ));
+    }
+    Ok(())
+}
+
+/// Two tensors have the same ranges on every rank.
+fn same(a: Option<&TensorPlan>, b: Option<&TensorPlan>) -> ringtp::Result<()> {
+    let (Some(a), Some(b)) = (a, b) else {
+        return Ok(());
+    };
+    for (rank, (left, right)) in a.ranges.iter().zip(&b.ranges).enumerate() {
+        if left != right {
+            let expected = format!("{left:?}, as of {}", a.name);
+            return Err(disagree(b, rank, expected, format_args!("{right:?}")));
+        }
+    }
+    Ok(())
+}
+
+/// Every rank has the KV heads of its query heads, and no others.
+fn heads(dims: &Dims, q: &TensorPlan, k: &TensorPlan) -> ringtp::Result<()> {
+    for (rank, (q, kv)) in q.ranges.iter().zip(&k.ranges).enumerate() {
+        let group = dims.group_size();
+        let first = q.start / dims.head_dim / group;
+        let end = (q.end / dims.head_dim).div_ceil(group);
+        let expected = first * dims.head_dim..end * dims.head_dim;
+        if *kv != expected {
+            let expected = format!("{expected:?}, the heads of its queries");
+            return Err(disagree(k, rank, expected, format_args!("{kv:?}")));
+        }
+    }
+    Ok(())
+}
+
+fn disagree(
+    tensor: &TensorPlan,
+    rank: usize,
+    expected: impl std::fmt::Display,
+    found: impl std::fmt::Display,
+) -> Error {
+    Error::shape(
+        format_args!("{} on rank {rank}", tensor.name),
+        expected,
+        found,
+    )
+}
+
+fn rank_bytes(plan: &ShardPlan, rank: usize, dtype: DType) -> usize {
+    let elements: usize = plan.tensors().iter().map(|t| t.elements(rank)).sum();
+    elements * dtype.size()
+}
+
+fn to_json(plan: &ShardPlan, dtype: DType) -> Value {
+    let rank = |tensor: &TensorPlan, rank: usize| {
+        let slice = tensor.slice(rank);
+        let slice: Vec<_> = slice.iter().map(|range| [range.start, range.end]).collect();
+        json!({
+            "rank": rank,
+            "slice": slice,
+            "bytes": tensor.elements(rank) * dtype.size(),
+        })
+    };
+    let tensor = |tensor: &TensorPlan| {
+        json!({
+            "name": tensor.name,
+            "shape": tensor.shape,
+            "split_dim": tensor.dim,
+            "ranks": (0..plan.tp()).map(|r| rank(tensor, r)).collect::<Vec<_>>(),
+        })
+    };
+    let total = |rank| json!({ "rank": rank, "bytes": rank_bytes(plan, rank, dtype) });
+    json!({
+        "tp": plan.tp(),
+        "valid_tp": plan.dims().valid_tp(),
+        "dtype": dtype.name(),
+        "tensors": plan.tensors().iter().map(tensor).collect::<Vec<_>>(),
+        "ranks": (0..plan.tp()).map(total).collect::<Vec<_>>(),
+        "ranks_agree": true,
+    })
+}
+
+fn table(plan: &ShardPlan, dtype: DType) -> String {
+    let mut rows = vec![["tensor", "shape", "rank", "slice", "bytes"].map(String::from)];
+    for tensor in plan.tensors() {
+        for rank in 0..plan.tp() {
+            let slice = tensor.slice(rank);
+            let slice: Vec<_> = slice
+                .iter()
+                .map(|r| format!("{}..{}", r.start, r.end))
+                .collect();
+            let shape: Vec<_> = tensor.shape.iter().map(usize::to_string).collect();
+            rows.push([
+                tensor.name.clone(),
+                format!("[{}]", shape.join(", ")),
+                rank.to_string(),
+                format!("[{}]", slice.join(", ")),
+                (tensor.elements(rank) * dtype.size()).to_string(),
+            ]);
+        }
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths = [width(0), width(1), width(2), width(3), width(4)];
+    let mut out = String::new();
+    for [name, shape, rank, slice, bytes] in &rows {
+        let [w0, w1, w2, w3, w4] = widths;
+        out.push_str(&format!(
+            "{name:w0$}  {shape:w1$}  {rank:>w2$}  {slice:w3$}  {bytes:>w4$}\n"
+        ));
+    }
+    out.push('\n');
+    for rank in 0..plan.tp() {
+        let bytes = rank_bytes(plan, rank, dtype);
+        out.push_str(&format!("rank {rank}: {bytes} bytes of {dtype}\n"));
+    }
+    out.push_str(&format!(
+        "check: {} tensors, {} ranks: the slices make up the checkpoint and every rank agrees\n",
+        plan.tensors().len(),
+        plan.tp()
+    ));
+    out
+}

@@ -1,0 +1,324 @@
+//! Bad input ends with exit code 2 within a second, and a line that names the thing and what
+//! to do; nothing panics, nothing large is allocated.
+
+mod cli_support;
+
+use std::fs;
+use std::time::Duration;
+
+use cli_support::{CONTEXT, Model, Ran, VOCAB, ringtp, run};
+use serde_json::json;
+
+/// Asserts that a run was refused with a message that contains all of `words`.
+fn refused(ran: &Ran, words: &[&str]) {
+    let text = &ran.stderr;
+    assert_eq!(ran.code, 2, "{text}");
+    assert!(text.starts_with("error: "), "{text}");
+    assert!(!text.contains("panicked"), "{text}");
+    assert!(
+        ran.took < Duration::from_secs(1),
+        "took {:?}: {text}",
+        ran.took
+    );
+    for word in words {
+        assert!(text.contains(word), "{word:?} is not in {text}");
+    }
+    assert_eq!(ran.stdout, "");
+}
+
+fn ids(model: &Model, args: &[&str]) -> Ran {
+    ringtp("generate", model.path(), args)
+}
+
+/// Every subcommand refuses the model.
+fn unusable(model: &Model, words: &[&str]) {
+    refused(&ids(model, &["--ids", "1,2"]), words);
+    refused(&ringtp("shards", model.path(), &["--json"]), words);
+    let out = model.file("out.safetensors");
+    let out_name = out.to_str().expect("UTF-8");
+    let ran = ringtp("logits", model.path(), &["--ids", "1,2", "--out", out_name]);
+    refused(&ran, words);
+    assert!(!out.exists(), "no file for a model that is refused");
+}
+
+#[test]
+fn the_model_itself_is_fine() {
+    let ran = ringtp("shards", Model::new().path(), &["--tp", "2"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+}
+
+#[test]
+fn an_invalid_tp_lists_those_that_are_valid() {
+    let model = Model::new();
+    for tp in ["0", "3", "99"] {
+        let valid = "choose one of 1, 2, 4";
+        refused(
+            &ids(&model, &["--ids", "1", "--tp", tp]),
+            &["tp", tp, valid],
+        );
+        refused(
+            &ringtp("shards", model.path(), &["--tp", tp]),
+            &["tp", tp, valid],
+        );
+    }
+}
+
+#[test]
+fn ids_outside_the_vocabulary() {
+    let model = Model::new();
+    let (last, first) = ((VOCAB - 1).to_string(), VOCAB.to_string());
+    let ran = ids(&model, &["--ids", &last, "--ids", &format!("1,{first}")]);
+    refused(&ran, &["prompt 1", &first, "vocabulary", "use ids"]);
+    refused(
+        &ids(&model, &["--ids", "4294967295"]),
+        &["4294967295", "vocabulary"],
+    );
+    for odd in ["4294967296", "-1", "1,x", "1,,2"] {
+        refused(
+            &ids(&model, &["--ids", odd]),
+            &["--ids", "expected numbers"],
+        );
+    }
+    let out = model.file("out");
+    let args = ["--ids", &first, "--out", out.to_str().expect("UTF-8")];
+    refused(
+        &ringtp("logits", model.path(), &args),
+        &[&first, "vocabulary"],
+    );
+}
+
+#[test]
+fn an_empty_prompt() {
+    let model = Model::new().with_tokenizer();
+    refused(
+        &ids(&model, &["--ids", ""]),
+        &["prompt 0", "at least one token"],
+    );
+    refused(
+        &ids(&model, &["--prompt", ""]),
+        &["prompt 0", "at least one token"],
+    );
+    refused(&ids(&model, &["--ids", "1", "--prompt", ""]), &["prompt 1"]);
+    refused(&ids(&model, &[]), &["--prompt", "--ids"]);
+}
+
+#[test]
+fn a_prompt_longer_than_the_context() {
+    let model = Model::new().with_tokenizer();
+    let long = vec!["1"; CONTEXT + 1].join(",");
+    let (context, length) = (CONTEXT.to_string(), (CONTEXT + 1).to_string());
+    refused(
+        &ids(&model, &["--ids", &long]),
+        &["prompt 0", &context, &length, "shorten"],
+    );
+    // "<s>" makes it one longer.
+    let text = "a".repeat(CONTEXT);
+    refused(&ids(&model, &["--prompt", &text]), &[&context, &length]);
+    refused(
+        &ids(&model, &["--ids", "1,2,3", "--max-model-len", "2"]),
+        &["2", "3"],
+    );
+    refused(
+        &ids(&model, &["--ids", "1", "--max-model-len", "49"]),
+        &["max_model_len", "48"],
+    );
+    refused(
+        &ids(&model, &["--ids", "1", "--max-model-len", "0"]),
+        &["max_model_len"],
+    );
+    let out = model.file("out");
+    let args = ["--ids", &long, "--out", out.to_str().expect("UTF-8")];
+    refused(&ringtp("logits", model.path(), &args), &[&context, &length]);
+}
+
+#[test]
+fn settings_out_of_range() {
+    let model = Model::new();
+    for (name, value, word) in [
+        ("--temperature", "-1", "temperature"),
+        ("--temperature", "NaN", "temperature"),
+        ("--temperature", "inf", "temperature"),
+        ("--top-p", "0", "top_p"),
+        ("--top-p", "1.5", "top_p"),
+        ("--top-p", "nan", "top_p"),
+        ("--min-p", "-0.1", "min_p"),
+        ("--repetition-penalty", "0", "repetition_penalty"),
+        ("--repetition-penalty", "-2", "repetition_penalty"),
+        ("--max-tokens", "0", "max_tokens"),
+        ("--max-batch-tokens", "0", "max_batch_tokens"),
+        ("--threads", "0", "threads"),
+        ("--top-k", "-1", "--top-k"),
+        ("--top-k", "many", "--top-k"),
+        ("--stop", "", "stop"),
+        ("--stop", "x", "prompt of text"),
+        ("--deadline", "0", "--deadline"),
+        ("--deadline", "nan", "--deadline"),
+        ("--dtype", "int4", "f32, bf16 or f16"),
+        ("--system", "x", "--chat"),
+    ] {
+        refused(&ids(&model, &["--ids", "1", name, value]), &[word]);
+    }
+    refused(
+        &ids(&model, &["--ids", "1", "--no-such-option"]),
+        &["--no-such-option"],
+    );
+    refused(&run(&["no-such-command"]), &["no-such-command"]);
+}
+
+#[test]
+fn text_without_a_tokenizer_and_chat_without_a_template() {
+    let model = Model::new();
+    refused(
+        &ids(&model, &["--prompt", "hello"]),
+        &["tokenizer.json", "--ids"],
+    );
+    fs::write(model.file("tokenizer.json"), "{\"version\":").expect("written");
+    refused(
+        &ids(&model, &["--prompt", "hello"]),
+        &["tokenizer.json", "--ids"],
+    );
+    let model = Model::new().with_tokenizer();
+    refused(
+        &ids(&model, &["--prompt", "hello", "--chat"]),
+        &["chat_template", "--chat"],
+    );
+    model.write_json(
+        "tokenizer_config.json",
+        &json!({"chat_template": "{% if %}"}),
+    );
+    refused(
+        &ids(&model, &["--prompt", "hello", "--chat"]),
+        &["tokenizer_config.json", "line 1"],
+    );
+}
+
+#[test]
+fn a_directory_that_is_not_there_or_not_a_model() {
+    let model = Model::new();
+    refused(
+        &run(&["shards", "--model", "/no/such/model"]),
+        &["/no/such/model"],
+    );
+    for name in ["config.json", "model.safetensors"] {
+        let model = Model::new();
+        fs::remove_file(model.file(name)).expect("removed");
+        unusable(&model, &[name]);
+    }
+    fs::write(model.file("config.json"), "{\"hidden_size\": 32,").expect("written");
+    unusable(&model, &["config.json"]);
+}
+
+#[test]
+fn numbers_of_the_configuration() {
+    for (key, value) in [
+        ("hidden_size", json!(0)),
+        ("num_attention_heads", json!(0)),
+        ("num_key_value_heads", json!(3)),
+        ("num_hidden_layers", json!(-1)),
+        ("vocab_size", json!(0)),
+        ("max_position_embeddings", json!(0)),
+        ("intermediate_size", json!("many")),
+        ("rms_norm_eps", json!("NaN")),
+        ("rope_theta", json!(0)),
+        ("hidden_size", json!(u64::MAX)),
+    ] {
+        unusable(&Model::new().with_config(key, value), &["config.json", key]);
+    }
+    let model = Model::new();
+    let text = fs::read_to_string(model.file("config.json")).expect("read");
+    let text = text.replace("\"rope_theta\":10000.0", "\"rope_theta\":NaN");
+    assert!(text.contains("NaN"));
+    fs::write(model.file("config.json"), text).expect("written");
+    unusable(&model, &["config.json"]);
+}
+
+#[test]
+fn unknown_architectures_and_activations() {
+    let mistral = Model::new().with_config("architectures", json!(["MistralForCausalLM"]));
+    unusable(
+        &mistral,
+        &["architectures", "MistralForCausalLM", "LlamaForCausalLM"],
+    );
+    let gelu = Model::new().with_config("hidden_act", json!("gelu"));
+    unusable(&gelu, &["hidden_act", "gelu", "silu"]);
+}
+
+#[test]
+fn all_missing_and_misshapen_tensors_are_listed() {
+    let model = Model::new().with_weights(|shapes| {
+        shapes.remove("model.layers.1.mlp.up_proj.weight");
+        shapes.remove("model.norm.weight");
+        shapes.insert("lm_head.weight".into(), vec![VOCAB, 31]);
+    });
+    let ran = ids(&model, &["--ids", "1"]);
+    let names = [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ];
+    refused(&ran, &names);
+    for name in names {
+        let lines = ran.stderr.lines().filter(|line| line.contains(name));
+        assert_eq!(lines.count(), 1, "one line for {name}: {}", ran.stderr);
+    }
+    assert!(
+        ran.stderr.lines().count() >= 4,
+        "a summary and a line each: {}",
+        ran.stderr
+    );
+}
+
+#[test]
+fn a_tensor_of_another_type() {
+    let model = Model::new().with_header(|header| {
+        header["model.norm.weight"]["dtype"] = json!("I32");
+    });
+    unusable(&model, &["model.norm.weight", "I32"]);
+}
+
+#[test]
+fn truncated_files() {
+    for keep in [0, 4, 8, 100, 3000] {
+        let model = Model::new().with_bytes(|bytes| bytes.truncate(keep));
+        unusable(&model, &["model.safetensors"]);
+    }
+    let model = Model::new().with_bytes(|bytes| bytes.truncate(bytes.len() - 1));
+    unusable(&model, &["model.safetensors"]);
+}
+
+#[test]
+fn a_huge_header() {
+    for length in [u64::MAX, 1 << 40, 200_000_000] {
+        let model = Model::new().with_bytes(|bytes| {
+            bytes[..8].copy_from_slice(&length.to_le_bytes());
+        });
+        unusable(&model, &["model.safetensors"]);
+    }
+}
+
+#[test]
+fn overlapping_and_out_of_range_offsets() {
+    let overlapping = Model::new().with_header(|header| {
+        let first = header["lm_head.weight"]["data_offsets"].clone();
+        header["model.embed_tokens.weight"]["data_offsets"] = first;
+    });
+    unusable(&overlapping, &["model.safetensors"]);
+    let outside = Model::new().with_header(|header| {
+        header["model.norm.weight"]["data_offsets"] = json!([1 << 30, (1 << 30) + 128]);
+    });
+    unusable(&outside, &["model.safetensors"]);
+    let backwards = Model::new().with_header(|header| {
+        header["model.norm.weight"]["data_offsets"] = json!([128, 0]);
+    });
+    unusable(&backwards, &["model.safetensors"]);
+}
+
+#[test]
+fn a_file_that_cannot_be_written() {
+    let model = Model::new();
+    let logits = |out: &str| ringtp("logits", model.path(), &["--ids", "1,2", "--out", out]);
+    refused(&logits("/no/such/directory/x"), &["/no/such/directory/x"]);
+    let directory = model.path().to_str().expect("UTF-8");
+    refused(&logits(directory), &["a directory", "name a file"]);
+    refused(&logits(""), &["--out"]);
+}
