@@ -143,6 +143,13 @@ fn of_weights() {
     // No row, and a width that no memory has.
     let empty = HostMatrix::new(&[], DType::F32, 0, 1 << 60).expect("no element");
     refused(b.vector(&[empty]), "vector", "rows of a part");
+    for (parts, layout) in [
+        (vec![empty], Layout::Rows),
+        (vec![empty; 2], Layout::GateUp),
+    ] {
+        let w = b.matrix(&parts, layout, DType::F32).expect("no row");
+        assert_eq!((w.rows(), w.bytes()), (0, 0));
+    }
 }
 
 #[test]
@@ -477,6 +484,12 @@ fn sizes_that_no_memory_has_are_errors() {
         dtype: DType::F32,
     };
     let error = b.kv_pages(shape).expect_err("too large");
+    assert!(matches!(error, Error::OutOfMemory(_)), "{error}");
+    let endless = KvShape {
+        head_dim: usize::MAX,
+        ..shape
+    };
+    let error = b.kv_pages(endless).expect_err("too large");
     assert!(matches!(error, Error::OutOfMemory(_)), "{error}");
     for block_size in [0, 8, 17] {
         let error = b
