@@ -44,9 +44,13 @@ impl CpuKvPages {
                 .and_then(|n| n.checked_mul(head))
                 .unwrap_or(usize::MAX)
         };
+        let keys = Memory::zeroed(bytes(shape.head_dim), "keys of the KV cache")?;
+        // A head that cannot be padded has no memory either, unless there is no entry.
+        let padded = shape.head_dim.checked_next_multiple_of(LANES);
+        let values = bytes(padded.unwrap_or(usize::MAX));
         Ok(Self {
-            keys: Memory::zeroed(bytes(shape.head_dim), "keys of the KV cache")?,
-            values: Memory::zeroed(bytes(shape.padded_head()), "values of the KV cache")?,
+            keys,
+            values: Memory::zeroed(values, "values of the KV cache")?,
             shape,
         })
     }

@@ -56,7 +56,12 @@ impl CpuMatrix {
             Layout::Rows => rows.div_ceil(PANEL),
             Layout::GateUp => (rows / 2).div_ceil(LANES),
         };
-        let panel_bytes = cols * PANEL * dtype.size();
+        // A matrix of no rows may claim any width; one that has rows has it in memory.
+        let panel_bytes = if panels == 0 {
+            0
+        } else {
+            cols * PANEL * dtype.size()
+        };
         let mut memory = Memory::huge(panels * panel_bytes, "weights")?;
         if panel_bytes > 0 {
             memory
