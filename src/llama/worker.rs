@@ -173,22 +173,15 @@ impl Worker {
         if let Some(on_step) = &self.setup.on_step {
             on_step(self.setup.part.rank, work.step);
         }
-        let mut rank = Rank {
-            backend: &mut self.backend,
-            comm: &mut self.comm,
-        };
-        let rows = work.batch.logits_rows.len();
-        match &work.sample {
-            Some(sample) => {
-                let (logits, head) = self.model.forward(&mut rank, &work.batch, &mut self.kv)?;
-                Ok(Output::Tokens(select(&mut rank, head, logits, sample)?))
+        let Self { setup, backend, comm, model, kv } = self;
+        backend.enter(|backend| {
+            let mut rank = Rank { backend, comm };
+            let (logits, head) = model.forward(&mut rank, &work.batch, kv)?;
+            if let Some(sample) = &work.sample {
+                return Ok(Output::Tokens(select(&mut rank, head, logits, sample)?));
             }
-            None => {
-                self.model.forward(&mut rank, &work.batch, &mut self.kv)?;
-                let logits = self.model.gather_logits(&mut rank, rows)?;
-                let first = self.setup.part.rank == 0;
-                Ok(Output::Logits(if first { logits } else { Vec::new() }))
-            }
-        }
+            let logits = model.gather_logits(&mut rank, work.batch.logits_rows.len())?;
+            Ok(Output::Logits(if setup.part.rank == 0 { logits } else { Vec::new() }))
+        })
     }
 }

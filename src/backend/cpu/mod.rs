@@ -17,6 +17,8 @@ pub(crate) mod simd;
 mod stored;
 mod tensor;
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 pub use kv::CpuKvPages;
@@ -36,17 +38,18 @@ const PARALLEL_WORK: usize = 1 << 15;
 
 /// A rank's share of the host: some threads and an instruction set.
 ///
-/// Make it on the thread that will use it: that thread does its part of the work.
+/// Operations may be called from any thread; within [`Self::enter`] the caller is one of the
+/// backend's threads, and an operation costs no change of thread.
 #[derive(Debug)]
 pub struct CpuBackend {
     isa: Isa,
     threads: usize,
     /// Absent for one thread: then everything runs on the caller's.
-    pool: Option<rayon::ThreadPool>,
+    pool: Option<Arc<rayon::ThreadPool>>,
 }
 
 impl CpuBackend {
-    /// A backend of `threads` threads, the caller's included, at least one.
+    /// A backend of `threads` threads, at least one; one is the caller's own.
     pub fn new(threads: usize) -> Result<Self> {
         Self::with_isa(threads, Isa::detect())
     }
@@ -61,8 +64,20 @@ impl CpuBackend {
                 .build()
                 .map_err(|e| Error::input("threads", "threads that start", e, "use fewer"))
         };
-        let pool = if threads > 1 { Some(build()?) } else { None };
+        let pool = if threads > 1 {
+            Some(Arc::new(build()?))
+        } else {
+            None
+        };
         Ok(Self { isa, threads, pool })
+    }
+
+    /// Runs `f`, a step of a model say, on one of the backend's threads.
+    pub fn enter<R: Send>(&mut self, f: impl FnOnce(&mut Self) -> R + Send) -> R {
+        match self.pool.clone() {
+            Some(pool) => pool.install(|| f(self)),
+            None => f(self),
+        }
     }
 
     /// The number of threads.
