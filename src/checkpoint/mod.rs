@@ -8,10 +8,12 @@
 
 mod config;
 mod diagnosis;
+mod generation;
 mod json;
 mod open;
 mod rope;
 mod weights;
 
-pub use config::{GenerationConfig, LlamaConfig, RopeConfig, RopeScaling};
+pub use config::{LlamaConfig, RopeConfig, RopeScaling};
+pub use generation::GenerationConfig;
 pub use open::Checkpoint;

@@ -1,9 +1,9 @@
 //! CPU ranks as a model sees them: collectives on tensors of the CPU backend.
 
-use super::all_reduce::AllReduce;
+use super::AllReduce;
 use super::cpu::CpuComm;
 use super::stats::CommStats;
-use super::{Communicator, all_reduce};
+use super::{Auto, Communicator};
 use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuTensor};
 use crate::error::{Error, Result};
@@ -18,7 +18,10 @@ pub struct TensorComm {
 impl TensorComm {
     /// Uses `auto`, which chooses by size.
     pub fn new(comm: CpuComm) -> Self {
-        Self { comm, algorithm: &all_reduce::Auto }
+        Self {
+            comm,
+            algorithm: &Auto,
+        }
     }
 
     /// Uses the given all-reduce; all ranks must name the same.
@@ -63,7 +66,8 @@ impl Communicator<CpuBackend> for TensorComm {
         // Gathered by rank, then laid side by side.
         let counts: Vec<_> = widths.iter().map(|width| width * rows).collect();
         let mut gathered = backend.tensor(rows, total)?;
-        self.comm.all_gather_v(x.data(), &counts, gathered.data_mut())?;
+        self.comm
+            .all_gather_v(x.data(), &counts, gathered.data_mut())?;
         let mut parts = gathered.data();
         let mut first = 0;
         for &width in widths {

@@ -19,6 +19,8 @@ mod mlp;
 mod norm;
 mod vocab;
 
+pub(crate) use linear::opaque_debug;
+
 pub use attention::{Attention, AttentionScratch};
 pub use linear::{
     ColumnParallelLinear, MergedColumnParallelLinear, Partition, QkvParallelLinear,

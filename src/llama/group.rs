@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::worker::{Command, Output, Reply, Setup, Work, serve};
 use super::{Batch, Limits, SampleRow};
 use crate::checkpoint::Checkpoint;
-use crate::comm::{self, CommError, CommStats, TensorComm, all_reduce};
+use crate::comm::{self, CommError, CommStats, TensorComm};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layers::Partition;
@@ -125,7 +125,10 @@ impl Group {
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let setup = Setup {
             checkpoint: checkpoint.clone(),
-            part: Partition { tp: options.tp, rank: 0 },
+            part: Partition {
+                tp: options.tp,
+                rank: 0,
+            },
             incarnation: 0,
             threads: (options.threads.unwrap_or(cores) / options.tp).max(1),
             dtype: options.dtype.unwrap_or(checkpoint.dtype()),
@@ -176,7 +179,12 @@ impl Group {
     /// What was spent so far.
     pub fn stats(&self) -> GroupStats {
         GroupStats {
-            comm_time: self.stats.iter().map(|s| s.elapsed).max().unwrap_or_default(),
+            comm_time: self
+                .stats
+                .iter()
+                .map(|s| s.elapsed)
+                .max()
+                .unwrap_or_default(),
             comm_calls: self.stats.iter().map(|s| s.calls).max().unwrap_or_default(),
             comm_bytes: self.stats.iter().map(|s| s.bytes_sent).sum(),
         }
@@ -229,7 +237,11 @@ impl Group {
         }
         batch.check(&self.limits)?;
         self.steps += 1;
-        let work = Arc::new(Work { step: self.steps, batch: batch.clone(), sample });
+        let work = Arc::new(Work {
+            step: self.steps,
+            batch: batch.clone(),
+            sample,
+        });
         for rank in 0..self.ranks.len() {
             self.send(rank, Command::Run(work.clone()))?;
         }
@@ -251,10 +263,13 @@ impl Group {
         let mut until: Option<Instant> = None;
         while self.ranks.iter().any(|rank| rank.busy) {
             let reply = match until {
-                None => self.replies.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(until) => {
-                    self.replies.recv_timeout(until.saturating_duration_since(Instant::now()))
-                }
+                None => self
+                    .replies
+                    .recv()
+                    .map_err(|_| RecvTimeoutError::Disconnected),
+                Some(until) => self
+                    .replies
+                    .recv_timeout(until.saturating_duration_since(Instant::now())),
             };
             let Ok(reply) = reply else { break };
             let rank = &mut self.ranks[reply.rank];
@@ -288,20 +303,28 @@ impl Group {
     }
 
     fn communicators(&self) -> Result<Vec<TensorComm>> {
-        let algorithm = all_reduce::by_name(self.options.all_reduce.as_deref().unwrap_or("auto"))
+        let algorithm = comm::by_name(self.options.all_reduce.as_deref().unwrap_or("auto"))
             .map_err(|error| {
                 Error::input("all_reduce", "a known algorithm", error, "name one of them")
             })?;
-        let options =
-            comm::GroupOptions { deadline: self.options.deadline, ..Default::default() };
+        let options = comm::GroupOptions {
+            deadline: self.options.deadline,
+            ..Default::default()
+        };
         let (_, comms) = comm::Group::new(self.options.tp, options)?;
-        Ok(comms.into_iter().map(|comm| TensorComm::with_algorithm(comm, algorithm)).collect())
+        Ok(comms
+            .into_iter()
+            .map(|comm| TensorComm::with_algorithm(comm, algorithm))
+            .collect())
     }
 
     fn spawn(&mut self, rank: usize, comm: TensorComm) -> Result<RankThread> {
         self.incarnations += 1;
         let setup = Setup {
-            part: Partition { rank, ..self.setup.part },
+            part: Partition {
+                rank,
+                ..self.setup.part
+            },
             incarnation: self.incarnations,
             ..self.setup.clone()
         };
@@ -311,7 +334,12 @@ impl Group {
             .name(format!("ringtp-rank-{rank}"))
             .spawn(move || serve(setup, comm, &inbox, &reply_to))
             .map_err(|error| Error::input("ranks", "threads that start", error, "use fewer"))?;
-        Ok(RankThread { commands, thread, incarnation: self.incarnations, busy: true })
+        Ok(RankThread {
+            commands,
+            thread,
+            incarnation: self.incarnations,
+            busy: true,
+        })
     }
 }
 
@@ -337,7 +365,11 @@ impl std::fmt::Debug for Group {
 }
 
 fn gone(rank: usize) -> Error {
-    CommError::RankFailed { rank, cause: "its thread has ended".into() }.into()
+    CommError::RankFailed {
+        rank,
+        cause: "its thread has ended".into(),
+    }
+    .into()
 }
 
 /// Which of two ranks' errors says more: a rank's own over what its peers saw of it, and who
@@ -365,9 +397,19 @@ fn limits(checkpoint: &Checkpoint, options: &GroupOptions) -> Result<Limits> {
     }
     let block_size = options.block_size;
     if block_size == 0 || !block_size.is_multiple_of(16) {
-        return Err(Error::input("block_size", "a multiple of 16", block_size, "use 16 or 32"));
+        return Err(Error::input(
+            "block_size",
+            "a multiple of 16",
+            block_size,
+            "use 16 or 32",
+        ));
     }
     let positions = max_model_len.max(65536.min(16 * max_model_len));
     let num_blocks = options.num_blocks.unwrap_or(positions.div_ceil(block_size));
-    Ok(Limits { vocab_size: config.dims.vocab_size, max_model_len, num_blocks, block_size })
+    Ok(Limits {
+        vocab_size: config.dims.vocab_size,
+        max_model_len,
+        num_blocks,
+        block_size,
+    })
 }

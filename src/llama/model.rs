@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::host::HostMatrix;
 use crate::layers::{
     Attention, AttentionScratch, MergedColumnParallelLinear, Mlp, ParallelLmHead, Partition,
-    QkvParallelLinear, Rank, RmsNorm, RowParallelLinear, VocabParallelEmbedding,
+    QkvParallelLinear, Rank, RmsNorm, RowParallelLinear, VocabParallelEmbedding, opaque_debug,
 };
 use crate::shard::{Dims, HeadShard};
 
@@ -78,7 +78,14 @@ impl<B: Backend> Model<B> {
     ) -> Result<Self> {
         let config = checkpoint.config();
         config.dims.check_tp(part.tp)?;
-        let mut loader = Loader { backend, checkpoint, config, part, dtype, progress };
+        let mut loader = Loader {
+            backend,
+            checkpoint,
+            config,
+            part,
+            dtype,
+            progress,
+        };
         let embedding = loader.embedding()?;
         let layers = (0..config.dims.num_hidden_layers)
             .map(|layer| loader.layer(&format!("model.layers.{layer}")))
@@ -120,11 +127,16 @@ impl<B: Backend> Model<B> {
             num_layers: self.layers.len(),
             num_blocks,
             block_size,
-            num_kv_heads: HeadShard::new(&self.dims, self.part.tp, self.part.rank).kv.len(),
+            num_kv_heads: HeadShard::new(&self.dims, self.part.tp, self.part.rank)
+                .kv
+                .len(),
             head_dim: self.dims.head_dim,
             dtype,
         };
-        Ok(KvCache { pages: backend.kv_pages(shape)?, shape })
+        Ok(KvCache {
+            pages: backend.kv_pages(shape)?,
+            shape,
+        })
     }
 
     /// What a batch must keep to with this cache.
@@ -160,14 +172,25 @@ impl<B: Backend> Model<B> {
         self.embedding.forward(rank, &plan, &mut ws.residual)?;
         // Every block ends in the norm that the next one starts with, so that sum, residual
         // and norm are one operation.
-        let next_norms = self.layers.iter().skip(1).map(|l| &l.input_norm).chain([&self.norm]);
+        let next_norms = self
+            .layers
+            .iter()
+            .skip(1)
+            .map(|l| &l.input_norm)
+            .chain([&self.norm]);
         if let Some(first) = self.layers.first() {
-            first.input_norm.forward(rank.backend, &ws.residual, &mut ws.hidden)?;
+            first
+                .input_norm
+                .forward(rank.backend, &ws.residual, &mut ws.hidden)?;
         } else {
-            self.norm.forward(rank.backend, &ws.residual, &mut ws.hidden)?;
+            self.norm
+                .forward(rank.backend, &ws.residual, &mut ws.hidden)?;
         }
         for (index, (layer, next_norm)) in self.layers.iter().zip(next_norms).enumerate() {
-            let scratch = AttentionScratch { qkv: &mut ws.qkv, heads: &mut ws.heads };
+            let scratch = AttentionScratch {
+                qkv: &mut ws.qkv,
+                heads: &mut ws.heads,
+            };
             layer.attention.partial(
                 rank.backend,
                 &ws.hidden,
@@ -178,11 +201,15 @@ impl<B: Backend> Model<B> {
                 &mut ws.partial,
             )?;
             ws.reduce_add_norm(rank, layer.attention.o.bias(), &layer.post_attention_norm)?;
-            layer.mlp.partial(rank.backend, &ws.hidden, &mut ws.inner, &mut ws.partial)?;
+            layer
+                .mlp
+                .partial(rank.backend, &ws.hidden, &mut ws.inner, &mut ws.partial)?;
             ws.reduce_add_norm(rank, layer.mlp.down.bias(), next_norm)?;
         }
-        rank.backend.logits_rows(&ws.hidden, &plan, &mut ws.wanted)?;
-        self.head.forward(rank.backend, &self.embedding, &ws.wanted, &mut ws.logits)?;
+        rank.backend
+            .logits_rows(&ws.hidden, &plan, &mut ws.wanted)?;
+        self.head
+            .forward(rank.backend, &self.embedding, &ws.wanted, &mut ws.logits)?;
         Ok((&ws.logits, &self.head))
     }
 
@@ -201,7 +228,10 @@ impl<B: Backend> Model<B> {
 impl<T> Workspace<T> {
     fn new<B: Backend<Tensor = T>>(backend: &mut B, dims: &Dims, part: Partition) -> Result<Self> {
         let heads = HeadShard::new(dims, part.tp, part.rank);
-        let (q, kv) = (heads.q.len() * dims.head_dim, heads.kv.len() * dims.head_dim);
+        let (q, kv) = (
+            heads.q.len() * dims.head_dim,
+            heads.kv.len() * dims.head_dim,
+        );
         let vocab = crate::shard::VocabShard::new(dims.vocab_size, part.tp, part.rank);
         Ok(Self {
             residual: backend.tensor(0, dims.hidden_size)?,
@@ -276,7 +306,9 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     fn bias(&self, layer: &str, present: bool) -> Result<Option<HostMatrix<'a>>> {
-        present.then(|| self.tensor(&format!("{layer}.bias"))).transpose()
+        present
+            .then(|| self.tensor(&format!("{layer}.bias")))
+            .transpose()
     }
 
     /// The same of several projections: all have a bias, or none.
@@ -292,7 +324,10 @@ impl<'a, B: Backend> Loader<'a, B> {
                 .collect::<Result<_>>()?;
             Ok(std::array::from_fn(|i| list[i]))
         };
-        Ok((collect("weight")?, bias.then(|| collect("bias")).transpose()?))
+        Ok((
+            collect("weight")?,
+            bias.then(|| collect("bias")).transpose()?,
+        ))
     }
 
     fn norm(&mut self, name: &str) -> Result<RmsNorm<B>> {
@@ -333,7 +368,11 @@ impl<'a, B: Backend> Loader<'a, B> {
         let qkv = QkvParallelLinear::new(self.backend, &dims, weights, bias, part, self.dtype)?;
         let heads = HeadShard::new(&dims, part.tp, part.rank).q;
         let range = heads.start * dims.head_dim..heads.end * dims.head_dim;
-        let o = self.row(&format!("{layer}.self_attn.o_proj"), dims.attention_bias, range)?;
+        let o = self.row(
+            &format!("{layer}.self_attn.o_proj"),
+            dims.attention_bias,
+            range,
+        )?;
         let post_attention_norm = self.norm(&format!("{layer}.post_attention_layernorm.weight"))?;
         let (weights, bias) = self.projections(
             ["gate_proj", "up_proj"].map(|name| format!("{layer}.mlp.{name}")),
@@ -352,4 +391,4 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 }
 
-crate::layers::opaque_debug!(Model);
+opaque_debug!(Model);

@@ -1,7 +1,8 @@
 //! The angles of the rotary embedding (Su et al., 2021) and its extensions for long contexts.
 //!
-//! Frequencies, angles and tables are f32, as in Hugging Face transformers: an angle is the
-//! f32 product of the f32 frequency and the position, so long contexts agree too.
+//! Frequencies, angles and tables are f32 and rounded where Hugging Face transformers rounds:
+//! an angle is the f32 product of the f32 frequency and the position, which at position 10^5
+//! is several thousandths off the exact one, so anything else would disagree there.
 
 use std::f64::consts::PI;
 
@@ -32,16 +33,15 @@ impl Rope {
         let mut dynamic_factor = None;
         let frequencies = match &config.rope.scaling {
             RopeScaling::Default => plain,
-            RopeScaling::Linear { factor } => {
-                plain.iter().map(|&f| (f64::from(f) / factor) as f32).collect()
-            }
+            RopeScaling::Linear { factor } => plain.iter().map(|&f| f / *factor as f32).collect(),
             RopeScaling::Dynamic { factor } => {
                 dynamic_factor = Some(*factor);
                 plain
             }
-            RopeScaling::Llama3 { .. } => {
-                plain.iter().map(|&f| llama3(f64::from(f), &config.rope.scaling)).collect()
-            }
+            RopeScaling::Llama3 { .. } => plain
+                .iter()
+                .map(|&f| llama3(f, &config.rope.scaling))
+                .collect(),
             RopeScaling::Yarn { .. } => {
                 attention_factor = yarn_attention_factor(&config.rope.scaling);
                 yarn(dim, theta, &config.rope.scaling)
@@ -60,8 +60,10 @@ impl Rope {
     /// Cosines and sines of a batch's rows.
     pub fn tables(&self, batch: &Batch) -> RopeTables {
         let len = batch.rows() * self.head_dim / 2;
-        let mut tables =
-            RopeTables { cos: Vec::with_capacity(len), sin: Vec::with_capacity(len) };
+        let mut tables = RopeTables {
+            cos: Vec::with_capacity(len),
+            sin: Vec::with_capacity(len),
+        };
         for sequence in 0..batch.sequences() {
             for row in batch.rows_of(sequence) {
                 let position = batch.positions[row];
@@ -92,20 +94,26 @@ impl Rope {
     /// prompt or, past it, of the sequence up to the row: what transformers does with a
     /// cache, and it makes a row independent of how the prompt was chunked.
     fn dynamic_theta(&self, factor: f64, length: usize) -> f64 {
-        let (length, max) = (length as f64, self.max_position_embeddings as f64);
         let dim = self.head_dim as f64;
-        self.theta * (factor * length / max - (factor - 1.0)).powf(dim / (dim - 2.0))
+        let ratio = (factor * length as f64) as f32 / self.max_position_embeddings as f32;
+        let grown = f64::from(ratio - (factor - 1.0) as f32).powf(dim / (dim - 2.0)) as f32;
+        f64::from(self.theta as f32 * grown)
     }
 }
 
-/// theta^(-2i/dim)
+/// theta^(2i/dim), of which the frequencies are the reciprocals.
+fn wavelengths(dim: usize, theta: f64) -> impl Iterator<Item = f32> {
+    let theta = f64::from(theta as f32);
+    let power = move |i: usize| theta.powf(f64::from((2 * i) as f32 / dim as f32)) as f32;
+    (0..dim / 2).map(power)
+}
+
 fn frequencies(dim: usize, theta: f64) -> Vec<f32> {
-    let exponent = |i: usize| (2 * i) as f64 / dim as f64;
-    (0..dim / 2).map(|i| theta.powf(exponent(i)).recip() as f32).collect()
+    wavelengths(dim, theta).map(f32::recip).collect()
 }
 
 /// Llama 3.1: long waves are divided by the factor, short ones kept, between is a ramp.
-fn llama3(frequency: f64, scaling: &RopeScaling) -> f32 {
+fn llama3(frequency: f32, scaling: &RopeScaling) -> f32 {
     let &RopeScaling::Llama3 {
         factor,
         low_freq_factor,
@@ -116,17 +124,16 @@ fn llama3(frequency: f64, scaling: &RopeScaling) -> f32 {
         unreachable!("called for llama3 alone")
     };
     let original = original_max_position_embeddings as f64;
-    let wavelength = 2.0 * PI / frequency;
-    let result = if wavelength < original / high_freq_factor {
+    let wavelength = frequency.recip() * (2.0 * PI) as f32;
+    if wavelength < (original / high_freq_factor) as f32 {
         frequency
-    } else if wavelength > original / low_freq_factor {
-        frequency / factor
+    } else if wavelength > (original / low_freq_factor) as f32 {
+        frequency / factor as f32
     } else {
-        let ramp =
-            (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
-        (1.0 - ramp) * frequency / factor + ramp * frequency
-    };
-    result as f32
+        let turns = wavelength.recip() * original as f32;
+        let ramp = (turns - low_freq_factor as f32) / (high_freq_factor - low_freq_factor) as f32;
+        (1.0 - ramp) * frequency / factor as f32 + ramp * frequency
+    }
 }
 
 /// YaRN: dimensions that turn often are kept, those that turn less than once over the
@@ -156,16 +163,23 @@ fn yarn(dim: usize, theta: f64, scaling: &RopeScaling) -> Vec<f32> {
     if low == high {
         high += 0.001; // no ramp, and no division by zero
     }
-    let blend = |(i, frequency): (usize, &f32)| {
-        let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
-        let frequency = f64::from(*frequency);
-        (frequency / factor * ramp + frequency * (1.0 - ramp)) as f32
+    let blend = |(i, wavelength): (usize, f32)| {
+        let ramp = (i as f32 - low as f32) / (high - low) as f32;
+        let keep = 1.0 - ramp.clamp(0.0, 1.0);
+        let interpolated = (factor as f32 * wavelength).recip();
+        interpolated * (1.0 - keep) + wavelength.recip() * keep
     };
-    frequencies(dim, theta).iter().enumerate().map(blend).collect()
+    wavelengths(dim, theta).enumerate().map(blend).collect()
 }
 
 fn yarn_attention_factor(scaling: &RopeScaling) -> f64 {
-    let &RopeScaling::Yarn { factor, attention_factor, mscale, mscale_all_dim, .. } = scaling
+    let &RopeScaling::Yarn {
+        factor,
+        attention_factor,
+        mscale,
+        mscale_all_dim,
+        ..
+    } = scaling
     else {
         unreachable!("called for yarn alone")
     };

@@ -25,7 +25,11 @@ pub fn select<B: Backend, C: Communicator<B>>(
     let mut open: Vec<_> = rows
         .iter()
         .enumerate()
-        .map(|(row, sample)| WantedRecord { row, sample, record: record(sample) })
+        .map(|(row, sample)| WantedRecord {
+            row,
+            sample,
+            record: record(sample),
+        })
         .collect();
     let mut tokens = vec![0; rows.len()];
     while !open.is_empty() {

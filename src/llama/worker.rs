@@ -84,7 +84,12 @@ pub(super) fn serve(
         let Partition { rank, .. } = setup.part;
         let incarnation = setup.incarnation;
         // A group that is gone needs no reply.
-        let _ = replies.send(Reply { rank, incarnation, result, stats: comm.stats() });
+        let _ = replies.send(Reply {
+            rank,
+            incarnation,
+            result,
+            stats: comm.stats(),
+        });
     };
     let loaded = guarded(setup.part.rank, || load(&setup));
     let (backend, model, kv) = match loaded {
@@ -95,7 +100,13 @@ pub(super) fn serve(
         }
     };
     reply(&comm, Ok(Output::Ready));
-    let mut worker = Worker { setup: setup.clone(), backend, comm, model, kv };
+    let mut worker = Worker {
+        setup: setup.clone(),
+        backend,
+        comm,
+        model,
+        kv,
+    };
     while let Ok(command) = commands.recv() {
         let result = match command {
             Command::Rejoin(comm) => {
@@ -128,7 +139,9 @@ fn guarded<R>(rank: usize, f: impl FnOnce() -> Result<R>) -> Result<R> {
 
 fn panic_message(panic: &(dyn Any + Send)) -> &str {
     let message = panic.downcast_ref::<&str>().copied();
-    message.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)")
+    message
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("(no message)")
 }
 
 fn load(setup: &Setup) -> Result<(CpuBackend, Model<CpuBackend>, KvCache<CpuBackend>)> {
@@ -138,10 +151,20 @@ fn load(setup: &Setup) -> Result<(CpuBackend, Model<CpuBackend>, KvCache<CpuBack
             progress(bytes);
         }
     };
-    let mut model =
-        Model::load(&mut backend, &setup.checkpoint, setup.part, setup.dtype, &progress)?;
+    let mut model = Model::load(
+        &mut backend,
+        &setup.checkpoint,
+        setup.part,
+        setup.dtype,
+        &progress,
+    )?;
     model.limit_context(setup.max_model_len);
-    let kv = model.kv_cache(&mut backend, setup.num_blocks, setup.block_size, setup.dtype)?;
+    let kv = model.kv_cache(
+        &mut backend,
+        setup.num_blocks,
+        setup.block_size,
+        setup.dtype,
+    )?;
     Ok((backend, model, kv))
 }
 
@@ -150,7 +173,10 @@ impl Worker {
         if let Some(on_step) = &self.setup.on_step {
             on_step(self.setup.part.rank, work.step);
         }
-        let mut rank = Rank { backend: &mut self.backend, comm: &mut self.comm };
+        let mut rank = Rank {
+            backend: &mut self.backend,
+            comm: &mut self.comm,
+        };
         let rows = work.batch.logits_rows.len();
         match &work.sample {
             Some(sample) => {

@@ -262,10 +262,12 @@ unsafe fn score<V: Lanes, E: Stored, const T: usize, const S: usize>(
     }
 }
 
-/// Turns `scores[..len]` into exp(scale * (score - greatest)), the rest into zeros; returns
-/// their sum.
+/// Turns `scores[..len]` into exp(scale * (score - greatest)), for a positive scale; returns
+/// their sum. What follows is unspecified: a tile's last queries may need more vectors than
+/// its first, whose sums must not notice.
 #[inline(always)]
 unsafe fn softmax<V: Lanes>(scores: &mut [f32], len: usize, scale: f32) -> f32 {
+    let scores = &mut scores[..len.next_multiple_of(LANES)];
     scores[len..].fill(f32::NEG_INFINITY);
     // SAFETY: `scores` is a whole number of vectors.
     unsafe {

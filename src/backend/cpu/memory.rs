@@ -30,14 +30,18 @@ impl Memory {
         if bytes == 0 {
             return Ok(Self { map: None });
         }
-        let map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon().map_err(|error| {
-            Error::OutOfMemory(Fault::new(
-                what,
-                format_args!("{bytes} bytes"),
-                error,
-                "use a smaller dtype, context or number of blocks",
-            ))
-        })?;
+        let map = MmapOptions::new()
+            .len(bytes)
+            .no_reserve_swap()
+            .map_anon()
+            .map_err(|error| {
+                Error::OutOfMemory(Fault::new(
+                    what,
+                    format_args!("{bytes} bytes"),
+                    error,
+                    "use a smaller dtype, context or number of blocks",
+                ))
+            })?;
         Ok(Self { map: Some(map) })
     }
 

@@ -109,12 +109,13 @@ impl Backend for CpuBackend {
     type Plan = CpuPlan;
 
     fn tensor(&mut self, rows: usize, cols: usize) -> Result<CpuTensor> {
-        Ok(CpuTensor::zeros(rows, cols))
+        let mut tensor = CpuTensor::zeros(0, cols);
+        tensor.set_rows(rows)?;
+        Ok(tensor)
     }
 
     fn set_rows(&mut self, tensor: &mut CpuTensor, rows: usize) -> Result<()> {
-        tensor.set_rows(rows);
-        Ok(())
+        tensor.set_rows(rows)
     }
 
     fn matrix(
@@ -130,13 +131,12 @@ impl Backend for CpuBackend {
     }
 
     fn vector(&mut self, parts: &[HostMatrix<'_>]) -> Result<Vec<f32>> {
-        let mut out = vec![0.0; parts.iter().map(HostMatrix::cols).sum()];
-        let mut rest = out.as_mut_slice();
+        let mut out = Vec::new();
         for part in parts {
             check("vector", "rows of a part", 1, part.rows())?;
-            let (head, tail) = rest.split_at_mut(part.cols());
-            part.row_f32(0, head);
-            rest = tail;
+            let start = out.len();
+            out.resize(start + part.cols(), 0.0);
+            part.row_f32(0, &mut out[start..]);
         }
         Ok(out)
     }
@@ -152,7 +152,7 @@ impl Backend for CpuBackend {
             rope.cos.len(),
             rope.sin.len(),
         )?;
-        Ok(CpuPlan::new(batch, rope, block_size))
+        CpuPlan::new(batch, rope, block_size)
     }
 
     fn embedding(
@@ -174,7 +174,16 @@ impl Backend for CpuBackend {
             table.cols(),
             out.cols(),
         )?;
-        let rows = out.data_mut().chunks_exact_mut(table.cols());
+        if table.layout() != Layout::Rows {
+            let found = format_args!("{:?}", table.layout());
+            return Err(Error::shape(
+                "embedding: layout of the table",
+                "Rows",
+                found,
+            ));
+        }
+        // A row of no columns has no chunk to be.
+        let rows = out.data_mut().chunks_exact_mut(table.cols().max(1));
         for (out, &id) in rows.zip(&plan.batch.token_ids) {
             match (id as usize).checked_sub(first_id) {
                 Some(row) if row < table.rows() => table.row_f32(row, out),
@@ -310,7 +319,9 @@ impl Backend for CpuBackend {
         layer: usize,
     ) -> Result<()> {
         check_attention("rope_append", qkv, heads, plan, pages, layer)?;
-        rope::rope_append(qkv.data_mut(), heads, plan, pages, layer);
+        if plan.batch.rows() > 0 {
+            rope::rope_append(qkv.data_mut(), heads, plan, pages, layer);
+        }
         Ok(())
     }
 
@@ -363,7 +374,7 @@ impl Backend for CpuBackend {
         let cols = x.cols();
         for (out, &row) in out
             .data_mut()
-            .chunks_exact_mut(cols)
+            .chunks_exact_mut(cols.max(1))
             .zip(&plan.batch.logits_rows)
         {
             out.copy_from_slice(&x.data()[row as usize * cols..][..cols]);
@@ -449,8 +460,17 @@ fn check_attention(
     layer: usize,
 ) -> Result<()> {
     let shape = pages.shape();
+    let refuse = |what: &str, expected: &str, found: usize| {
+        Err(Error::shape(format_args!("{op}: {what}"), expected, found))
+    };
     check(op, "rows of qkv", plan.batch.rows(), qkv.rows())?;
-    check(op, "columns of qkv", heads.qkv_cols(), qkv.cols())?;
+    if heads.kv == 0 {
+        return refuse("KV heads", "at least one", heads.kv);
+    }
+    if heads.head_dim == 0 || heads.head_dim % 2 == 1 {
+        return refuse("head size", "even, at least 2", heads.head_dim);
+    }
+    // The pages first: their sizes are of things that exist, so products of them fit.
     check(op, "KV heads of the pages", heads.kv, shape.num_kv_heads)?;
     check(op, "head size of the pages", heads.head_dim, shape.head_dim)?;
     check(
@@ -459,18 +479,31 @@ fn check_attention(
         0,
         heads.q % heads.kv,
     )?;
+    if heads.q > qkv.cols() {
+        return refuse("query heads", "no more than columns of qkv", heads.q);
+    }
+    check(op, "columns of qkv", heads.qkv_cols(), qkv.cols())?;
     check(
         op,
         "sines and cosines",
-        plan.batch.rows() * heads.head_dim / 2,
+        plan.batch.rows() * (heads.head_dim / 2),
         plan.cos.len(),
     )?;
+    check(
+        op,
+        "block size of the pages",
+        plan.block_size,
+        shape.block_size,
+    )?;
+    if plan.blocks > shape.num_blocks {
+        return refuse(
+            "blocks of the pages",
+            &format!("the {} that the batch names", plan.blocks),
+            shape.num_blocks,
+        );
+    }
     if layer >= shape.num_layers {
-        return Err(Error::shape(
-            op,
-            format_args!("a layer below {}", shape.num_layers),
-            layer,
-        ));
+        return refuse("layer", &format!("below {}", shape.num_layers), layer);
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! Activations, and writing to them from several threads.
 
+use crate::error::{Error, Fault, Result};
+
 /// Activations `[rows, cols]`, dense f32.
 #[derive(Clone, Debug, Default)]
 pub struct CpuTensor {
@@ -29,9 +31,21 @@ impl CpuTensor {
     }
 
     /// Changes the number of rows; what they hold is unspecified.
-    pub(super) fn set_rows(&mut self, rows: usize) {
-        self.data.resize(rows * self.cols, 0.0);
+    pub(super) fn set_rows(&mut self, rows: usize) -> Result<()> {
+        // Elements that cannot be counted cannot be reserved either.
+        let elements = rows.saturating_mul(self.cols);
+        let more = elements.saturating_sub(self.data.len());
+        self.data.try_reserve_exact(more).map_err(|error| {
+            Error::OutOfMemory(Fault::new(
+                "activations",
+                format_args!("[{rows}, {}] elements", self.cols),
+                error,
+                "use smaller batches",
+            ))
+        })?;
+        self.data.resize(elements, 0.0);
         self.rows = rows;
+        Ok(())
     }
 
     /// The elements, row after row.

@@ -1,0 +1,104 @@
+//! All-reduce over CPU ranks: a table per number of ranks, as nccl-tests prints them.
+//!
+//! `algbw` is message bytes / time; `busbw` is algbw × 2(N-1)/N, what a link carries in the
+//! best algorithm. A row's time is the median over rank 0's calls; the collective itself keeps
+//! the ranks in step. Beside it stands the limit: one
+//! thread's `memcpy` of the same number of bytes in the same run (from and to memory it has
+//! just used), which every rank has to do at least once to send.
+//!
+//! `cargo bench --bench comm [-- RANKS…]`; by default 2 and 4 ranks.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use ringtp::comm::{ALL, AllReduce, GroupOptions, run_ranks};
+
+const SIZES: [usize; 9] = [
+    256,
+    2 << 10,
+    8 << 10,
+    32 << 10,
+    128 << 10,
+    512 << 10,
+    2 << 20,
+    8 << 20,
+    32 << 20,
+];
+
+/// Bytes moved per measurement, to choose the number of calls.
+const BUDGET: usize = 64 << 20;
+
+fn main() -> Result<(), ringtp::Error> {
+    let ranks: Vec<usize> = std::env::args()
+        .filter_map(|arg| arg.parse().ok())
+        .collect();
+    let ranks = if ranks.is_empty() { vec![2, 4] } else { ranks };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    for world_size in ranks {
+        let how = if world_size <= cores { "spin" } else { "sleep" };
+        println!("\n# all_reduce, f32, {world_size} ranks on {cores} cores: they {how}");
+        println!(
+            "{:>10}  {:>9}  {:>10}  {:>8}  {:>8}  {:>10}",
+            "bytes", "algorithm", "time us", "algbw", "busbw", "memcpy us"
+        );
+        for bytes in SIZES {
+            let limit = memcpy(bytes);
+            for &algorithm in ALL {
+                let time = all_reduce(world_size, algorithm, bytes)?.as_secs_f64();
+                let algbw = bytes as f64 / time / 1e9;
+                let busbw = algbw * 2.0 * (world_size - 1) as f64 / world_size as f64;
+                println!(
+                    "{bytes:>10}  {:>9}  {:>10.2}  {algbw:>8.2}  {busbw:>8.2}  {:>10.2}",
+                    algorithm.name(),
+                    time * 1e6,
+                    limit.as_secs_f64() * 1e6,
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn repetitions(world_size: usize, bytes: usize) -> usize {
+    let most = if world_size <= 2 { 20_000 } else { 2_000 };
+    (BUDGET / bytes).clamp(9, most)
+}
+
+/// The median of rank 0's times.
+fn all_reduce(
+    world_size: usize,
+    algorithm: &dyn AllReduce,
+    bytes: usize,
+) -> Result<Duration, ringtp::Error> {
+    let results = run_ranks(world_size, GroupOptions::default(), |comm| {
+        // Zeros: no overflow however often they are summed.
+        let mut data = vec![0_f32; bytes / 4];
+        let mut times = Vec::new();
+        for _ in 0..repetitions(world_size, bytes) {
+            let start = Instant::now();
+            comm.all_reduce_with(algorithm, black_box(&mut data))?;
+            times.push(start.elapsed());
+        }
+        // The first calls grow the logs.
+        Ok(median(&mut times[4..]))
+    })?;
+    let times: Vec<Duration> = results.into_iter().collect::<Result<_, _>>()?;
+    Ok(times[0])
+}
+
+fn memcpy(bytes: usize) -> Duration {
+    let (from, mut to) = (vec![1_u8; bytes], vec![0_u8; bytes]);
+    let mut times: Vec<_> = (0..repetitions(2, bytes))
+        .map(|_| {
+            let start = Instant::now();
+            black_box(&mut to).copy_from_slice(black_box(&from));
+            start.elapsed()
+        })
+        .collect();
+    median(&mut times)
+}
+
+fn median(times: &mut [Duration]) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}

@@ -1,0 +1,252 @@
+//! The logits and the greedy texts are those of Hugging Face transformers, for every kind of
+//! Llama, at every number of ranks: tests/fixtures/README.md says what the fixtures are.
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ringtp::DType;
+use ringtp::checkpoint::Checkpoint;
+use ringtp::llama::{Batch, Group, GroupOptions, SampleRow};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+/// Greatest error of f32 logits, over their range.
+const TOLERANCE: f32 = 1e-4;
+const RANKS: [usize; 6] = [1, 2, 3, 4, 6, 8];
+
+fn fixtures() -> Result<Vec<PathBuf>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama");
+    let mut found = Vec::new();
+    for entry in fs::read_dir(root)? {
+        let path = entry?.path();
+        if path.join("golden.safetensors").is_file() {
+            found.push(path);
+        }
+    }
+    found.sort();
+    assert!(found.len() >= 30, "only {} fixtures", found.len());
+    Ok(found)
+}
+
+/// What transformers computed.
+struct Golden {
+    ids: Vec<u32>,
+    /// Of the stored weights widened to f32, `[ids, vocabulary]`.
+    logits: Vec<f32>,
+    greedy: Vec<u32>,
+    /// Best logit less the second, at each greedy step.
+    margins: Vec<f32>,
+    /// What transformers itself computed in the type of the file, with that type.
+    in_storage_type: Option<(DType, Vec<f32>)>,
+}
+
+impl Golden {
+    fn read(dir: &Path) -> Result<Self> {
+        let bytes = fs::read(dir.join("golden.safetensors"))?;
+        let tensors = SafeTensors::deserialize(&bytes)?;
+        let in_storage_type = [("logits_bf16", DType::Bf16), ("logits_f16", DType::F16)]
+            .into_iter()
+            .find(|(name, _)| tensors.tensor(name).is_ok())
+            .map(|(name, dtype)| floats(&tensors, name).map(|logits| (dtype, logits)))
+            .transpose()?;
+        Ok(Self {
+            ids: integers(&tensors, "ids")?,
+            logits: floats(&tensors, "logits")?,
+            greedy: integers(&tensors, "greedy")?,
+            margins: floats(&tensors, "greedy_margins")?,
+            in_storage_type,
+        })
+    }
+
+    fn range(&self) -> f32 {
+        let least = self.logits.iter().copied().fold(f32::INFINITY, f32::min);
+        let greatest = self
+            .logits
+            .iter()
+            .copied()
+            .fold(f32::NEG_INFINITY, f32::max);
+        greatest - least
+    }
+}
+
+fn floats(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<f32>> {
+    let view = tensors.tensor(name)?;
+    assert_eq!(view.dtype(), Dtype::F32, "{name}");
+    let (values, rest) = view.data().as_chunks::<4>();
+    assert!(rest.is_empty(), "{name}");
+    Ok(values.iter().map(|&b| f32::from_le_bytes(b)).collect())
+}
+
+fn integers(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<u32>> {
+    let view = tensors.tensor(name)?;
+    assert_eq!(view.dtype(), Dtype::I64, "{name}");
+    let (values, rest) = view.data().as_chunks::<8>();
+    assert!(rest.is_empty(), "{name}");
+    let values = values.iter().map(|&b| u32::try_from(i64::from_le_bytes(b)));
+    Ok(values.collect::<std::result::Result<_, _>>()?)
+}
+
+/// The greatest difference; not a number in either makes it infinite.
+fn max_error(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len(), "number of logits");
+    let differences = found.iter().zip(expected).map(|(f, e)| (f - e).abs());
+    differences.fold(0.0, |worst, d| match d.is_nan() {
+        true => f32::INFINITY,
+        false => worst.max(d),
+    })
+}
+
+/// Logits of all rows of the prompt, and the greedy continuation.
+struct Run {
+    logits: Vec<f32>,
+    greedy: Vec<u32>,
+}
+
+fn run(dir: &Path, tp: usize, dtype: Option<DType>, golden: &Golden) -> Result<Run> {
+    let options = GroupOptions {
+        tp,
+        dtype,
+        ..Default::default()
+    };
+    let mut group = Group::load(Arc::new(Checkpoint::open(dir)?), options)?;
+    let limits = group.limits();
+    let length = golden.ids.len() + golden.greedy.len();
+    let blocks = length.div_ceil(limits.block_size);
+    assert!(blocks < limits.num_blocks && length <= limits.max_model_len);
+    // Not in order, and not from the first block: the tables are what counts.
+    let table: Vec<u32> = (1..=blocks as u32).rev().collect();
+    let prompt_len = golden.ids.len() as u32;
+
+    let mut prompt = Batch::new();
+    let rows = prompt.push(&golden.ids, 0, prompt_len, &table);
+    prompt.logits_rows = rows.collect();
+    let logits = group.forward(&prompt)?;
+
+    prompt.logits_rows = vec![prompt_len - 1];
+    let mut next = group.step(&prompt, &[SampleRow::greedy()])?;
+    let mut greedy = next.clone();
+    for position in (prompt_len..).take(golden.greedy.len() - 1) {
+        let mut batch = Batch::new();
+        let rows = batch.push(&next, position, prompt_len, &table);
+        batch.logits_rows = rows.collect();
+        next = group.step(&batch, &[SampleRow::greedy()])?;
+        greedy.extend(&next);
+    }
+    Ok(Run { logits, greedy })
+}
+
+fn valid_ranks(dir: &Path) -> Result<Vec<usize>> {
+    let valid = Checkpoint::open(dir)?.config().dims.valid_tp();
+    Ok(RANKS.into_iter().filter(|tp| valid.contains(tp)).collect())
+}
+
+#[test]
+fn f32_logits_and_greedy_ids_are_those_of_transformers_at_every_tp() -> Result {
+    let mut failures = Vec::new();
+    let mut worst = (0.0, String::new());
+    let mut uneven_or_replicated = 0;
+    for dir in fixtures()? {
+        let golden = Golden::read(&dir)?;
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        let kv_heads = Checkpoint::open(&dir)?.config().dims.num_key_value_heads;
+        for tp in valid_ranks(&dir)? {
+            uneven_or_replicated += usize::from(!kv_heads.is_multiple_of(tp));
+            let run = match run(&dir, tp, Some(DType::F32), &golden) {
+                Ok(run) => run,
+                Err(error) => {
+                    failures.push(format!("{name}, tp {tp}: {error}"));
+                    continue;
+                }
+            };
+            let error = max_error(&run.logits, &golden.logits) / golden.range();
+            if error > worst.0 {
+                worst = (error, format!("{name}, tp {tp}"));
+            }
+            if error >= TOLERANCE {
+                failures.push(format!("{name}, tp {tp}: error {error:.1e} of the range"));
+            }
+            if run.greedy != golden.greedy {
+                failures.push(format!(
+                    "{name}, tp {tp}: greedy {:?}, expected {:?}, margins {:?}",
+                    run.greedy, golden.greedy, golden.margins
+                ));
+            }
+        }
+    }
+    println!("worst error {:.1e} of the range: {}", worst.0, worst.1);
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert!(uneven_or_replicated >= 30, "{uneven_or_replicated}");
+    Ok(())
+}
+
+#[test]
+fn in_bf16_and_f16_the_error_is_at_most_twice_that_of_transformers() -> Result {
+    let mut types = Vec::new();
+    for dir in fixtures()? {
+        let golden = Golden::read(&dir)?;
+        let Some((dtype, theirs)) = &golden.in_storage_type else {
+            continue;
+        };
+        types.push(*dtype);
+        let greatest = golden.logits.iter().fold(0.0_f32, |m, l| m.max(l.abs()));
+        // Half the distance of neighbours, relative.
+        let rounding = match dtype {
+            DType::Bf16 => greatest * 2.0_f32.powi(-8),
+            _ => greatest * 2.0_f32.powi(-11),
+        };
+        let bound = 2.0 * max_error(theirs, &golden.logits) + rounding;
+        for tp in valid_ranks(&dir)? {
+            // The type of the file is the default.
+            let run = run(&dir, tp, None, &golden)?;
+            let error = max_error(&run.logits, &golden.logits);
+            println!("{dtype:?}, tp {tp}: error {error:.1e}, bound {bound:.1e}");
+            assert!(
+                error <= bound,
+                "{}, tp {tp}: {error:e} > {bound:e}",
+                dir.display()
+            );
+        }
+    }
+    assert!(types.contains(&DType::Bf16) && types.contains(&DType::F16));
+    Ok(())
+}
+
+/// The control: were a rope setting ignored, the first test would see it.
+#[test]
+fn without_its_rope_settings_a_model_fails_the_comparison() -> Result {
+    let mut count = 0;
+    for dir in fixtures()? {
+        let config = fs::read_to_string(dir.join("config.json"))?;
+        let mut config: Value = serde_json::from_str(&config)?;
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        if !name.starts_with("rope_") {
+            continue;
+        }
+        count += 1;
+        let plain = tempfile::tempdir()?;
+        for file in ["model.safetensors", "generation_config.json"] {
+            fs::copy(dir.join(file), plain.path().join(file))?;
+        }
+        let fields = config.as_object_mut().ok_or("config.json: no object")?;
+        for field in ["rope_parameters", "rope_scaling", "rope_theta"] {
+            fields.remove(field);
+        }
+        // `dynamic` allows more than this.
+        fields.insert("max_position_embeddings".into(), json!(256));
+        fs::write(plain.path().join("config.json"), config.to_string())?;
+
+        let golden = Golden::read(&dir)?;
+        let run = run(plain.path(), 1, Some(DType::F32), &golden)?;
+        let error = max_error(&run.logits, &golden.logits) / golden.range();
+        assert!(
+            error > 100.0 * TOLERANCE || run.greedy != golden.greedy,
+            "{name}: {error:e}"
+        );
+    }
+    assert!(count >= 10, "{count}");
+    Ok(())
+}
