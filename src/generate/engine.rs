@@ -1,7 +1,7 @@
 //! What the scheduler drives.
 
 use crate::error::Result;
-use crate::llama::{Batch, Limits, SampleRow};
+use crate::llama::{Batch, Group, Limits, SampleRow};
 
 /// A model that runs one step of a batch: a [group of ranks](crate::llama), or an engine of
 /// the caller's own.
@@ -22,5 +22,15 @@ impl<E: Engine + ?Sized> Engine for &mut E {
 
     fn step(&mut self, batch: &Batch, sample: &[SampleRow]) -> Result<Vec<u32>> {
         (**self).step(batch, sample)
+    }
+}
+
+impl Engine for Group {
+    fn limits(&self) -> Limits {
+        Self::limits(self)
+    }
+
+    fn step(&mut self, batch: &Batch, sample: &[SampleRow]) -> Result<Vec<u32>> {
+        Self::step(self, batch, sample)
     }
 }
