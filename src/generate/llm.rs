@@ -190,7 +190,7 @@ impl OpenModel {
             Prompt::Text(text) => self.tokenizer()?.encode(text),
             Prompt::Ids(ids) => Ok(ids.clone()),
             Prompt::Chat(messages) => {
-                let text = self.chat_template()?.render(messages)?;
+                let text = self.chat_template()?.render(messages, true)?;
                 self.tokenizer()?.encode_rendered(&text)
             }
         }
