@@ -117,16 +117,16 @@ impl ChatTemplate {
         Ok(this)
     }
 
-    /// The text of `messages`, up to where the assistant's answer begins. It contains its
-    /// special tokens: encode it without adding any.
-    pub fn render(&self, messages: &[Message]) -> Result<String> {
+    /// The text of `messages`, with `add_generation_prompt` up to where the assistant's answer
+    /// begins. It contains its special tokens: encode it without adding any.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let template = self.environment.get_template("chat");
         let rendered = template.and_then(|template| {
             template.render(context! {
                 messages => Value::from(minijinja::value::Serde(messages)),
                 bos_token => &self.bos_token,
                 eos_token => &self.eos_token,
-                add_generation_prompt => true,
+                add_generation_prompt,
                 tools => (),
                 documents => (),
             })
@@ -343,7 +343,8 @@ mod tests {
 
     fn render(template: &str, messages: &[Message]) -> Result<String> {
         let token = |name: &str| name.to_string();
-        ChatTemplate::new("test", token(template), token("<s>"), token("</s>"))?.render(messages)
+        ChatTemplate::new("test", token(template), token("<s>"), token("</s>"))?
+            .render(messages, true)
     }
 
     #[test]

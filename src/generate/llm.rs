@@ -15,7 +15,7 @@ use super::tokenizer::Tokenizer;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::llama::{Group, GroupOptions, Limits, Progress};
+use crate::llama::{Group, GroupOptions, Limits, Progress, StepHook};
 use crate::shard::{ShardPlan, TensorPlan};
 
 /// How a model is loaded; [`Llm::builder`] begins one.
@@ -80,6 +80,13 @@ impl LlmBuilder {
     /// there are ranks, [`OpenModel::weight_bytes`].
     pub fn progress(mut self, progress: impl Into<Option<Progress>>) -> Self {
         self.group.progress = progress.into();
+        self
+    }
+
+    /// Who is told, on each rank's thread, of every step: for tracing, and for tests that make
+    /// a rank fail.
+    pub fn on_step(mut self, hook: impl Into<Option<StepHook>>) -> Self {
+        self.group.on_step = hook.into();
         self
     }
 
@@ -190,7 +197,7 @@ impl OpenModel {
             Prompt::Text(text) => self.tokenizer()?.encode(text),
             Prompt::Ids(ids) => Ok(ids.clone()),
             Prompt::Chat(messages) => {
-                let text = self.chat_template()?.render(messages)?;
+                let text = self.chat_template()?.render(messages, true)?;
                 self.tokenizer()?.encode_rendered(&text)
             }
         }

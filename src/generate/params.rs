@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// | `top_k`, `top_p`, `min_p` | generation_config.json, else off |
 /// | `repetition_penalty` | generation_config.json, else off |
 /// | `max_tokens` | as many as context and KV cache hold |
-/// | `seed` | a fresh one a request, reported in its completion |
+/// | `seed` | a fresh one a request, reported in its completion; 0 where it is greedy |
 ///
 /// The tokens of a request depend on its prompt, these and the seed, never on what else is in
 /// the batch. Requests with one seed draw the same random numbers at the same positions.
@@ -132,9 +132,10 @@ impl SamplingParams {
             true => model.temperature.unwrap_or(1.0),
             false => 0.0,
         };
+        let temperature = self.temperature.unwrap_or(default_temperature);
         let eos = model.eos_token_ids.as_deref().unwrap_or(eos_token_ids);
         let sampling = Sampling {
-            temperature: self.temperature.unwrap_or(default_temperature),
+            temperature,
             top_k: self.top_k.or(model.top_k).unwrap_or(0),
             top_p: self.top_p.or(model.top_p).unwrap_or(1.0),
             min_p: self.min_p.or(model.min_p).unwrap_or(0.0),
@@ -149,7 +150,10 @@ impl SamplingParams {
                 true => [].iter().copied(),
                 false => eos.iter().copied(),
             })),
-            seed: self.seed.unwrap_or_else(|| RandomState::new().hash_one(0)),
+            seed: match temperature {
+                0.0 => self.seed.unwrap_or(0),
+                _ => self.seed.unwrap_or_else(|| RandomState::new().hash_one(0)),
+            },
         };
         sampling.check()?;
         Ok(sampling)

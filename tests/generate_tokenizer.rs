@@ -1,0 +1,77 @@
+//! Ids, texts and rendered chats are those of Hugging Face transformers.
+
+use std::fs;
+use std::path::Path;
+
+use ringtp::generate::{ChatTemplate, Message, TextStream, Tokenizer};
+use serde_json::Value;
+
+fn fixture() -> (&'static Path, Value) {
+    let dir = Path::new(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/fixtures/llama/chat"
+    ));
+    let golden = fs::read_to_string(dir.join("tokenizer_golden.json")).expect("the fixture");
+    (dir, serde_json::from_str(&golden).expect("JSON"))
+}
+
+fn list<'a>(value: &'a Value, name: &str) -> &'a Vec<Value> {
+    let list = value[name].as_array().expect("a list");
+    assert!(!list.is_empty(), "{name} is empty");
+    list
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    let ids = value.as_array().expect("a list of ids").iter();
+    ids.map(|id| id.as_u64().expect("an id") as u32).collect()
+}
+
+fn text<'a>(value: &'a Value, name: &str) -> &'a str {
+    value[name].as_str().expect("a text")
+}
+
+#[test]
+fn texts_become_the_same_ids() {
+    let (dir, golden) = fixture();
+    let tokenizer = Tokenizer::open(dir).expect("a tokenizer");
+    for case in list(&golden, "encode") {
+        let input = text(case, "text");
+        let encoded = tokenizer.encode(input).expect("encoded");
+        assert_eq!(encoded, ids(&case["ids"]), "{input:?}");
+        let bare = tokenizer.encode_rendered(input).expect("encoded");
+        assert_eq!(bare, ids(&case["ids_without_special_tokens"]), "{input:?}");
+    }
+}
+
+#[test]
+fn ids_become_the_same_text_at_once_and_one_by_one() {
+    let (dir, golden) = fixture();
+    let tokenizer = Tokenizer::open(dir).expect("a tokenizer");
+    for case in list(&golden, "decode") {
+        let (input, expected) = (ids(&case["ids"]), text(case, "text_without_special_tokens"));
+        assert_eq!(tokenizer.decode(&input).expect("decoded"), expected);
+        let mut stream = TextStream::new(&tokenizer, &[]).expect("a stream");
+        let mut streamed = String::new();
+        for &id in &input {
+            stream.push(id, &mut streamed).expect("decoded");
+        }
+        stream.finish(&mut streamed).expect("decoded");
+        assert_eq!(streamed, expected, "{input:?}");
+    }
+}
+
+#[test]
+fn chats_become_the_same_prompts_and_ids() {
+    let (dir, golden) = fixture();
+    let tokenizer = Tokenizer::open(dir).expect("a tokenizer");
+    let template = ChatTemplate::open(dir).expect("a template");
+    for case in list(&golden, "chat") {
+        let message = |m: &Value| Message::new(text(m, "role"), text(m, "content"));
+        let messages: Vec<_> = list(case, "messages").iter().map(message).collect();
+        let open = case["add_generation_prompt"].as_bool().expect("a flag");
+        let prompt = template.render(&messages, open).expect("rendered");
+        assert_eq!(prompt, text(case, "prompt"));
+        let encoded = tokenizer.encode_rendered(&prompt).expect("encoded");
+        assert_eq!(encoded, ids(&case["ids"]));
+    }
+}
