@@ -17,6 +17,10 @@ use super::wire::{Wire, refused_error};
 use super::{part, reduce};
 use crate::dtype::Element;
 
+/// Longer all-reduces are made in segments of this many bytes, a multiple of any element:
+/// both logs of a rank then stay in its L2 cache, and the memory for them is bounded.
+const SEGMENT: usize = 256 << 10;
+
 /// One rank of a [`Group`] of threads. Send it to the thread that runs the rank.
 ///
 /// Dropping it while peers wait for this rank fails them at once.

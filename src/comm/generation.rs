@@ -34,8 +34,9 @@ pub(crate) static LIVE_RANKS: AtomicUsize = AtomicUsize::new(0);
 const FAST_LOOKS: usize = 200;
 /// Looks between two glances at the clock while spinning.
 const SPIN_LOOKS: usize = 64;
-/// Spinning for longer than this gives way to other threads now and then.
-const SPIN_BEFORE_YIELD: Duration = Duration::from_micros(50);
+/// Spinning for longer than this gives way to other threads now and then: the scheduler may
+/// have put the awaited rank on this very core, behind this thread.
+const SPIN_BEFORE_YIELD: Duration = Duration::from_micros(5);
 /// Times a rank without a core of its own gives way before it parks.
 const YIELDS: usize = 4;
 
