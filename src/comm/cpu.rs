@@ -129,9 +129,16 @@ impl CpuComm {
                 reduce::sum_in_place(wire, dtype, data, 0, &[])
             });
         }
-        let staging = algorithm.staging(world_size, dtype, data.len());
-        let sent = algorithm.bytes_sent(world_size, data.len());
-        self.collective(call, staging, sent, |wire| algorithm.run(wire, dtype, data))
+        let calls = self.stats.calls + 1;
+        for segment in data.chunks_mut(SEGMENT) {
+            let staging = algorithm.staging(world_size, dtype, segment.len());
+            let sent = algorithm.bytes_sent(world_size, segment.len());
+            self.collective(call, staging, sent, |wire| {
+                algorithm.run(wire, dtype, segment)
+            })?;
+        }
+        self.stats.calls = calls;
+        Ok(())
     }
 
     /// This rank's [`part`] of the sum of `input` over all ranks, in `out`.
