@@ -387,6 +387,8 @@ impl CpuComm {
         };
         body(&wire)?;
         wire.announce();
+        self.generation
+            .wake(self.rank, self.endpoint.own_progress());
         Ok(())
     }
 }

@@ -8,7 +8,8 @@
 //! - sleeper: writes what it waits for and `parked = true`; `SeqCst` fence; looks at the
 //!   progress (and the abort word) once more; parks if there is still nothing.
 //! - waker: stores the progress (or the abort word); `SeqCst` fence; looks at `sleepers` and
-//!   `parked`; unparks.
+//!   `parked`; unparks. For progress the fence comes before the waker waits itself and at the
+//!   end of its call: once for many packets.
 //!
 //! Fences are totally ordered. If the sleeper's is first, the waker sees `parked`; otherwise
 //! the sleeper sees the progress. An unpark before the park makes the park return at once.
@@ -170,6 +171,16 @@ impl Generation {
         }
     }
 
+    /// As [`Self::wake`], without the fence: may miss one who is just falling asleep. A fence
+    /// waits until all stores of a packet have left the core, so it is put off until this
+    /// rank waits in earnest or ends its call; `wake` comes then.
+    #[inline]
+    pub(crate) fn wake_early(&self, rank: usize, progress: u64) {
+        if self.sleepers.0.load(Ordering::Relaxed) != 0 {
+            self.wake_sleepers(rank, progress);
+        }
+    }
+
     /// Wakes those who sleep until `rank` reaches `progress`, which it has stored.
     #[inline]
     pub(crate) fn wake(&self, rank: usize, progress: u64) {
@@ -229,6 +240,7 @@ impl Generation {
                 std::hint::spin_loop();
             }
         }
+        self.wake(rank, endpoint.own_progress());
         let start = Instant::now();
         let seat = &self.seats[rank];
         seat.target.store(target, Ordering::Relaxed);
