@@ -17,6 +17,10 @@ use super::wire::{Wire, refused_error};
 use super::{part, reduce};
 use crate::dtype::Element;
 
+/// Longer all-reduces are made in segments of this many bytes, a multiple of any element:
+/// both logs of a rank then stay in its L2 cache, and the memory for them is bounded.
+const SEGMENT: usize = 256 << 10;
+
 /// One rank of a [`Group`] of threads. Send it to the thread that runs the rank.
 ///
 /// Dropping it while peers wait for this rank fails them at once.
@@ -125,9 +129,16 @@ impl CpuComm {
                 reduce::sum_in_place(wire, dtype, data, 0, &[])
             });
         }
-        let staging = algorithm.staging(world_size, dtype, data.len());
-        let sent = algorithm.bytes_sent(world_size, data.len());
-        self.collective(call, staging, sent, |wire| algorithm.run(wire, dtype, data))
+        let calls = self.stats.calls + 1;
+        for segment in data.chunks_mut(SEGMENT) {
+            let staging = algorithm.staging(world_size, dtype, segment.len());
+            let sent = algorithm.bytes_sent(world_size, segment.len());
+            self.collective(call, staging, sent, |wire| {
+                algorithm.run(wire, dtype, segment)
+            })?;
+        }
+        self.stats.calls = calls;
+        Ok(())
     }
 
     /// This rank's [`part`] of the sum of `input` over all ranks, in `out`.
@@ -376,6 +387,8 @@ impl CpuComm {
         };
         body(&wire)?;
         wire.announce();
+        self.generation
+            .wake(self.rank, self.endpoint.own_progress());
         Ok(())
     }
 }

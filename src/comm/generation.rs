@@ -8,7 +8,8 @@
 //! - sleeper: writes what it waits for and `parked = true`; `SeqCst` fence; looks at the
 //!   progress (and the abort word) once more; parks if there is still nothing.
 //! - waker: stores the progress (or the abort word); `SeqCst` fence; looks at `sleepers` and
-//!   `parked`; unparks.
+//!   `parked`; unparks. For progress the fence comes before the waker waits itself and at the
+//!   end of its call: once for many packets.
 //!
 //! Fences are totally ordered. If the sleeper's is first, the waker sees `parked`; otherwise
 //! the sleeper sees the progress. An unpark before the park makes the park return at once.
@@ -34,8 +35,9 @@ pub(crate) static LIVE_RANKS: AtomicUsize = AtomicUsize::new(0);
 const FAST_LOOKS: usize = 200;
 /// Looks between two glances at the clock while spinning.
 const SPIN_LOOKS: usize = 64;
-/// Spinning for longer than this gives way to other threads now and then.
-const SPIN_BEFORE_YIELD: Duration = Duration::from_micros(50);
+/// Spinning for longer than this gives way to other threads now and then: the scheduler may
+/// have put the awaited rank on this very core, behind this thread.
+const SPIN_BEFORE_YIELD: Duration = Duration::from_micros(5);
 /// Times a rank without a core of its own gives way before it parks.
 const YIELDS: usize = 4;
 
@@ -169,6 +171,16 @@ impl Generation {
         }
     }
 
+    /// As [`Self::wake`], without the fence: may miss one who is just falling asleep. A fence
+    /// waits until all stores of a packet have left the core, so it is put off until this
+    /// rank waits in earnest or ends its call; `wake` comes then.
+    #[inline]
+    pub(crate) fn wake_early(&self, rank: usize, progress: u64) {
+        if self.sleepers.0.load(Ordering::Relaxed) != 0 {
+            self.wake_sleepers(rank, progress);
+        }
+    }
+
     /// Wakes those who sleep until `rank` reaches `progress`, which it has stored.
     #[inline]
     pub(crate) fn wake(&self, rank: usize, progress: u64) {
@@ -228,6 +240,7 @@ impl Generation {
                 std::hint::spin_loop();
             }
         }
+        self.wake(rank, endpoint.own_progress());
         let start = Instant::now();
         let seat = &self.seats[rank];
         seat.target.store(target, Ordering::Relaxed);

@@ -153,7 +153,7 @@ impl<'a> Wire<'a> {
     #[inline]
     fn wake(&self) {
         self.generation
-            .wake(self.rank, self.endpoint.own_progress());
+            .wake_early(self.rank, self.endpoint.own_progress());
     }
 
     fn enter_and_wait(&self, peer: usize, target: u64) -> Result<(), CommError> {
