@@ -173,7 +173,13 @@ impl Worker {
         if let Some(on_step) = &self.setup.on_step {
             on_step(self.setup.part.rank, work.step);
         }
-        let Self { setup, backend, comm, model, kv } = self;
+        let Self {
+            setup,
+            backend,
+            comm,
+            model,
+            kv,
+        } = self;
         backend.enter(|backend| {
             let mut rank = Rank { backend, comm };
             let (logits, head) = model.forward(&mut rank, &work.batch, kv)?;
@@ -181,7 +187,11 @@ impl Worker {
                 return Ok(Output::Tokens(select(&mut rank, head, logits, sample)?));
             }
             let logits = model.gather_logits(&mut rank, work.batch.logits_rows.len())?;
-            Ok(Output::Logits(if setup.part.rank == 0 { logits } else { Vec::new() }))
+            Ok(Output::Logits(if setup.part.rank == 0 {
+                logits
+            } else {
+                Vec::new()
+            }))
         })
     }
 }

@@ -1,12 +1,15 @@
 //! The matrix product: `out = epilogue(x Wᵀ)`, f32 accumulation.
 //!
-//! A tile is some rows of x by one panel of W (32 lanes: two vectors a row). Its
-//! accumulators stay in registers over the whole of K, one fused multiply-add an element and
-//! column, in the order of the columns. So a row's bits depend neither on the tile it fell
-//! into, nor on how the panels were shared out among threads.
+//! A tile is some rows of x by one panel of W (32 lanes: two vectors a row), with its
+//! accumulators in registers: one fused multiply-add an element and column, in the order of
+//! the columns. For many rows K goes in blocks: a block of the panel is widened once into
+//! the first-level cache, used by every tile, and the accumulators wait in memory between
+//! blocks, which changes no bit. So a row's bits depend neither on the tile it fell into, nor
+//! on how the panels were shared out among threads.
 //!
-//! Floors: one row reads the weights once, as a stream; many rows run 24 (AVX-512: 12 rows
-//! by two vectors) fused operations against two weight loads.
+//! Floors: few rows read the weights once, as a stream, and ask for what comes [`AHEAD`] of
+//! use; many rows run 24 (AVX-512: 12 rows by two vectors) fused operations against two
+//! weight loads, while the next block is asked for.
 
 use super::matrix::CpuMatrix;
 use super::simd::{LANES, Lanes, dispatch, exp};
@@ -47,55 +50,184 @@ unsafe fn panels_kernel<V: Lanes>(product: &Product<'_>, first: usize, end: usiz
     }
 }
 
+/// Rows from which K goes in blocks: from here on computing takes longer than reading.
+const MANY: usize = 12;
+
+/// Rows whose accumulators wait on the stack between blocks of K.
+const ROW_BLOCK: usize = 144;
+
+/// Columns of a block of K: its weights (24 KiB) and a tile's part of x share the first level.
+const K_BLOCK: usize = 192;
+
+/// Bytes between a weight being asked for and being used.
+const AHEAD: usize = 4096;
+
+const LINE: usize = 64;
+
+/// The accumulators of one row and panel.
+type Sums = [f32; 2 * LANES];
+
 #[inline(always)]
 unsafe fn typed<V: Lanes, W: Stored>(product: &Product<'_>, first: usize, end: usize) {
-    for panel in first..end {
-        let mut row = 0;
-        // Whole tiles, then ever smaller ones for the rest.
-        // SAFETY: `row + R <= rows` in each arm.
-        unsafe {
-            while row < product.rows {
-                row += match product.rows - row {
-                    n if n >= 12 && V::TILE_ROWS >= 12 => tile::<V, W, 12>(product, panel, row),
-                    n if n >= 8 && V::TILE_ROWS >= 12 => tile::<V, W, 8>(product, panel, row),
-                    n if n >= 4 && V::TILE_ROWS >= 12 => tile::<V, W, 4>(product, panel, row),
-                    n if n >= 2 => tile::<V, W, 2>(product, panel, row),
-                    _ => tile::<V, W, 1>(product, panel, row),
-                };
+    // SAFETY: the callees stay within the panel and the rows that they are given.
+    unsafe {
+        for panel in first..end {
+            if product.rows < MANY {
+                few_rows::<V, W>(product, panel);
+            } else {
+                for row in (0..product.rows).step_by(ROW_BLOCK) {
+                    let rows = ROW_BLOCK.min(product.rows - row);
+                    many_rows::<V, W>(product, panel, row, rows);
+                }
             }
         }
     }
 }
 
-/// Computes rows `row..row + R` of one panel; returns R.
+/// Calls `$tile::<.., R>(row)` for whole tiles, then ever smaller ones, until all rows are done.
+macro_rules! for_tiles {
+    ($V:ident, $rows:expr, |$row:ident, $R:ident| $tile:expr) => {
+        let mut $row = 0;
+        while $row < $rows {
+            let wide = $V::TILE_ROWS >= 12;
+            $row += match $rows - $row {
+                n if n >= 12 && wide => {
+                    const $R: usize = 12;
+                    $tile;
+                    $R
+                }
+                n if n >= 8 && wide => {
+                    const $R: usize = 8;
+                    $tile;
+                    $R
+                }
+                n if n >= 4 && wide => {
+                    const $R: usize = 4;
+                    $tile;
+                    $R
+                }
+                n if n >= 2 => {
+                    const $R: usize = 2;
+                    $tile;
+                    $R
+                }
+                _ => {
+                    const $R: usize = 1;
+                    $tile;
+                    $R
+                }
+            };
+        }
+    };
+}
+
+/// All of K at once, straight from memory.
 #[inline(always)]
-unsafe fn tile<V: Lanes, W: Stored, const R: usize>(
+unsafe fn few_rows<V: Lanes, W: Stored>(product: &Product<'_>, panel: usize) {
+    let k = product.w.cols();
+    let weights = panel_bytes(product, panel);
+    // SAFETY: a panel is k columns of 32 elements; x has `rows` rows of k.
+    unsafe {
+        for_tiles!(V, product.rows, |row, R| {
+            let x = product.x[row * k..(row + R) * k].as_ptr();
+            let mut acc = [[V::splat(0.0); 2]; R];
+            for column in 0..k {
+                let at = column * 2 * LANES * W::DTYPE.size();
+                // An address only: what lies there need not be ours.
+                V::prefetch(weights.as_ptr().wrapping_add(at + AHEAD));
+                if W::DTYPE.size() == 4 {
+                    V::prefetch(weights.as_ptr().wrapping_add(at + AHEAD + LINE));
+                }
+                let (first, second) = W::load_pair::<V>(weights.as_ptr().add(at).cast());
+                multiply_add(&mut acc, x.add(column), k, first, second);
+            }
+            for (r, acc) in acc.into_iter().enumerate() {
+                epilogue(product, panel, row + r, acc);
+            }
+        });
+    }
+}
+
+/// `rows` rows from `first_row` on, at most [`ROW_BLOCK`].
+#[inline(always)]
+unsafe fn many_rows<V: Lanes, W: Stored>(
     product: &Product<'_>,
     panel: usize,
-    row: usize,
-) -> usize {
+    first_row: usize,
+    rows: usize,
+) {
     let k = product.w.cols();
-    let panel_bytes = k * 2 * LANES * W::DTYPE.size();
-    let weights = &product.w.packed()[panel * panel_bytes..][..panel_bytes];
-    let x = &product.x[row * k..(row + R) * k];
-    // SAFETY: `weights` has k columns of 32 elements, `x` has R rows of k.
+    let weights = panel_bytes(product, panel);
+    let x = &product.x[first_row * k..(first_row + rows) * k];
+    let mut sums: [Sums; ROW_BLOCK] = [[0.0; 2 * LANES]; ROW_BLOCK];
+    let mut block = [[0.0_f32; 2 * LANES]; K_BLOCK];
+    // SAFETY: a panel is k columns of 32 elements; `sums`, `block` and x have the rows and
+    // columns that the tiles are given.
     unsafe {
-        let mut acc = [[V::splat(0.0); 2]; R];
-        let (mut w, x) = (weights.as_ptr().cast::<W::Word>(), x.as_ptr());
-        for column in 0..k {
-            let (first, second) = W::load_pair::<V>(w);
-            w = w.add(2 * LANES);
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let x = V::splat(*x.add(r * k + column));
-                acc[0] = x.mul_add(first, acc[0]);
-                acc[1] = x.mul_add(second, acc[1]);
+        for start in (0..k).step_by(K_BLOCK) {
+            let columns = K_BLOCK.min(k - start);
+            let bytes = 2 * LANES * W::DTYPE.size();
+            let from = weights.as_ptr().add(start * bytes);
+            for (column, out) in block[..columns].iter_mut().enumerate() {
+                let (first, second) = W::load_pair::<V>(from.add(column * bytes).cast());
+                first.store(out.as_mut_ptr());
+                second.store(out.as_mut_ptr().add(LANES));
             }
+            // The next block (of this panel, or the next one's first) comes while the tiles
+            // compute: one line a column, until all of it was asked for.
+            let next = from.wrapping_add(columns * bytes);
+            let mut asked = 0;
+            for_tiles!(V, rows, |row, R| {
+                let x = x[row * k + start..].as_ptr();
+                let sums = &mut sums[row..row + R];
+                let mut acc = [[V::splat(0.0); 2]; R];
+                for (acc, sums) in acc.iter_mut().zip(sums.iter()) {
+                    *acc = [V::load(sums.as_ptr()), V::load(sums.as_ptr().add(LANES))];
+                }
+                let ask = asked < K_BLOCK * bytes;
+                for (column, w) in block[..columns].iter().enumerate() {
+                    if ask {
+                        V::prefetch(next.wrapping_add(asked + column * LINE));
+                    }
+                    let (first, second) = (V::load(w.as_ptr()), V::load(w.as_ptr().add(LANES)));
+                    multiply_add(&mut acc, x.add(column), k, first, second);
+                }
+                asked += columns * LINE;
+                for (acc, sums) in acc.into_iter().zip(sums) {
+                    acc[0].store(sums.as_mut_ptr());
+                    acc[1].store(sums.as_mut_ptr().add(LANES));
+                }
+            });
         }
-        for (r, acc) in acc.into_iter().enumerate() {
-            epilogue(product, panel, row + r, acc);
+        for (row, sums) in sums[..rows].iter().enumerate() {
+            let acc = [V::load(sums.as_ptr()), V::load(sums.as_ptr().add(LANES))];
+            epilogue(product, panel, first_row + row, acc);
         }
     }
-    R
+}
+
+fn panel_bytes<'a>(product: &Product<'a>, panel: usize) -> &'a [u8] {
+    let bytes = product.w.cols() * 2 * LANES * product.w.dtype().size();
+    &product.w.packed()[panel * bytes..][..bytes]
+}
+
+/// One column: `acc[r] += x[r] * w`, with x's rows `stride` apart.
+#[inline(always)]
+unsafe fn multiply_add<V: Lanes, const R: usize>(
+    acc: &mut [[V; 2]; R],
+    x: *const f32,
+    stride: usize,
+    first: V,
+    second: V,
+) {
+    for (r, acc) in acc.iter_mut().enumerate() {
+        // SAFETY: the caller vouches for R rows of x.
+        unsafe {
+            let x = V::splat(*x.add(r * stride));
+            acc[0] = x.mul_add(first, acc[0]);
+            acc[1] = x.mul_add(second, acc[1]);
+        }
+    }
 }
 
 /// Bias, SwiGLU, residual; then stores the columns that exist.

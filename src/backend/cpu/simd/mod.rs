@@ -89,6 +89,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn min(self, other: Self) -> Self;
     /// The nearest integer, ties to even.
     unsafe fn round(self) -> Self;
+    /// Asks for the cache line at `address`, which may be any.
+    unsafe fn prefetch(address: *const u8);
     /// `2^self` for integers in -126..=127.
     unsafe fn exp2_int(self) -> Self;
 

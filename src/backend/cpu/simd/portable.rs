@@ -101,4 +101,7 @@ impl Lanes for Portable {
                 .map(|n| f32::from_bits(((n as i32 + 127) << 23) as u32)),
         )
     }
+
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
 }
