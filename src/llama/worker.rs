@@ -180,18 +180,16 @@ impl Worker {
             model,
             kv,
         } = self;
-        backend.enter(|backend| {
-            let mut rank = Rank { backend, comm };
-            let (logits, head) = model.forward(&mut rank, &work.batch, kv)?;
-            if let Some(sample) = &work.sample {
-                return Ok(Output::Tokens(select(&mut rank, head, logits, sample)?));
-            }
-            let logits = model.gather_logits(&mut rank, work.batch.logits_rows.len())?;
-            Ok(Output::Logits(if setup.part.rank == 0 {
-                logits
-            } else {
-                Vec::new()
-            }))
-        })
+        let mut rank = Rank { backend, comm };
+        let (logits, head) = model.forward(&mut rank, &work.batch, kv)?;
+        if let Some(sample) = &work.sample {
+            return Ok(Output::Tokens(select(&mut rank, head, logits, sample)?));
+        }
+        let logits = model.gather_logits(&mut rank, work.batch.logits_rows.len())?;
+        Ok(Output::Logits(if setup.part.rank == 0 {
+            logits
+        } else {
+            Vec::new()
+        }))
     }
 }

@@ -15,17 +15,17 @@ mod rope;
 pub mod sampling;
 pub(crate) mod simd;
 mod stored;
+mod team;
 mod tensor;
-
-use std::sync::Arc;
-
-use rayon::prelude::*;
 
 pub use kv::CpuKvPages;
 pub use matrix::CpuMatrix;
 pub use plan::CpuPlan;
 pub use simd::Isa;
+use team::Team;
 pub use tensor::CpuTensor;
+
+use rayon::prelude::*;
 
 use super::{Backend, Epilogue, HeadCounts, KvShape, Layout, RopeTables, WantedRecord};
 use crate::dtype::DType;
@@ -38,18 +38,19 @@ const PARALLEL_WORK: usize = 1 << 15;
 
 /// A rank's share of the host: some threads and an instruction set.
 ///
-/// Operations may be called from any thread; within [`Self::enter`] the caller is one of the
-/// backend's threads, and an operation costs no change of thread.
+/// Operations may be called from any thread, which does its part of the work.
 #[derive(Debug)]
 pub struct CpuBackend {
     isa: Isa,
     threads: usize,
-    /// Absent for one thread: then everything runs on the caller's.
-    pool: Option<Arc<rayon::ThreadPool>>,
+    /// For the operations of a step.
+    team: Team,
+    /// For loading and sampling, whose tasks are large and uneven. Absent for one thread.
+    pool: Option<rayon::ThreadPool>,
 }
 
 impl CpuBackend {
-    /// A backend of `threads` threads, at least one; one is the caller's own.
+    /// A backend of `threads` threads, at least one; the caller's is one of them.
     pub fn new(threads: usize) -> Result<Self> {
         Self::with_isa(threads, Isa::detect())
     }
@@ -60,24 +61,17 @@ impl CpuBackend {
         let build = || {
             rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)
-                .thread_name(|index| format!("ringtp-cpu-{index}"))
+                .thread_name(|index| format!("ringtp-load-{index}"))
                 .build()
                 .map_err(|e| Error::input("threads", "threads that start", e, "use fewer"))
         };
-        let pool = if threads > 1 {
-            Some(Arc::new(build()?))
-        } else {
-            None
-        };
-        Ok(Self { isa, threads, pool })
-    }
-
-    /// Runs `f`, a step of a model say, on one of the backend's threads.
-    pub fn enter<R: Send>(&mut self, f: impl FnOnce(&mut Self) -> R + Send) -> R {
-        match self.pool.clone() {
-            Some(pool) => pool.install(|| f(self)),
-            None => f(self),
-        }
+        let pool = if threads > 1 { Some(build()?) } else { None };
+        Ok(Self {
+            isa,
+            threads,
+            team: Team::new(threads)?,
+            pool,
+        })
     }
 
     /// The number of threads.
@@ -87,11 +81,10 @@ impl CpuBackend {
 
     /// Runs `task(0..count)`, on several threads if `work` multiply-adds are worth it.
     fn parallel(&self, count: usize, work: usize, task: impl Fn(usize) + Sync + Send) {
-        match &self.pool {
-            Some(pool) if count > 1 && work >= PARALLEL_WORK => {
-                pool.install(|| (0..count).into_par_iter().for_each(task));
-            }
-            _ => (0..count).for_each(task),
+        if work >= PARALLEL_WORK {
+            self.team.run(count, &task);
+        } else {
+            (0..count).for_each(task);
         }
     }
 
