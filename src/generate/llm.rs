@@ -15,7 +15,7 @@ use super::tokenizer::Tokenizer;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::llama::{Group, GroupOptions, Limits, Progress};
+use crate::llama::{Group, GroupOptions, Limits, Progress, StepHook};
 use crate::shard::{ShardPlan, TensorPlan};
 
 /// How a model is loaded; [`Llm::builder`] begins one.
@@ -80,6 +80,12 @@ impl LlmBuilder {
     /// there are ranks, [`OpenModel::weight_bytes`].
     pub fn progress(mut self, progress: impl Into<Option<Progress>>) -> Self {
         self.group.progress = progress.into();
+        self
+    }
+
+    /// Who is told of every step, on each rank's thread.
+    pub fn on_step(mut self, on_step: impl Into<Option<StepHook>>) -> Self {
+        self.group.on_step = on_step.into();
         self
     }
 
