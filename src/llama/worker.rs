@@ -122,7 +122,7 @@ pub(super) fn serve(
                 {
                     // All ranks choose tokens alike, so they all have that error; any other
                     // may be this rank's alone.
-                    abort(&mut worker.comm, &error);
+                    abort(&mut worker.comm, error);
                 }
                 result
             }
