@@ -220,6 +220,10 @@ impl Group {
     /// lost one is replaced by a new thread that loads them. Its thread cannot be killed: it is
     /// left with its memory, and ends when it comes back. The KV cache's contents are void.
     pub fn rebuild(&mut self) -> Result<()> {
+        // Whoever has come back in the meantime is not lost.
+        while let Ok(reply) = self.replies.try_recv() {
+            self.answered(&reply);
+        }
         for (rank, comm) in self.communicators()?.into_iter().enumerate() {
             if self.ranks[rank].busy || self.ranks[rank].thread.is_finished() {
                 self.ranks[rank] = self.spawn(rank, comm)?;
@@ -254,14 +258,26 @@ impl Group {
         thread.commands.send(command).map_err(|_| gone(rank))
     }
 
+    /// Notes that a rank has answered; false where the reply is of a thread given up earlier.
+    fn answered(&mut self, reply: &Reply) -> bool {
+        let rank = &mut self.ranks[reply.rank];
+        let current = rank.incarnation == reply.incarnation;
+        if current {
+            rank.busy = false;
+            self.stats[reply.rank] = reply.stats;
+        }
+        current
+    }
+
     /// The first rank's output once all ranks have answered, or the cause of the failure. After
     /// a failure the others have the deadline to answer; they need far less, since it ends
-    /// their waits.
+    /// their waits. A rank that was waited for in vain has had its deadline.
     fn collect(&mut self) -> Result<Output> {
         let mut output = None;
         let mut cause: Option<Error> = None;
         let mut until: Option<Instant> = None;
-        while self.ranks.iter().any(|rank| rank.busy) {
+        let mut late = vec![false; self.ranks.len()];
+        while (self.ranks.iter().zip(&late)).any(|(rank, late)| rank.busy && !late) {
             let reply = match until {
                 None => self
                     .replies
@@ -272,16 +288,16 @@ impl Group {
                     .recv_timeout(until.saturating_duration_since(Instant::now())),
             };
             let Ok(reply) = reply else { break };
-            let rank = &mut self.ranks[reply.rank];
-            if rank.incarnation != reply.incarnation {
+            if !self.answered(&reply) {
                 continue;
             }
-            rank.busy = false;
-            self.stats[reply.rank] = reply.stats;
             match reply.result {
                 Ok(out) if reply.rank == 0 => output = Some(out),
                 Ok(_) => {}
                 Err(error) => {
+                    if let Error::Comm(CommError::Timeout { peer, .. }) = error {
+                        late[peer] = true;
+                    }
                     until.get_or_insert(Instant::now() + self.options.deadline);
                     cause = Some(match cause.take() {
                         Some(earlier) => root_cause(earlier, error),
@@ -332,7 +348,7 @@ impl Group {
         let reply_to = self.reply_to.clone();
         let thread = thread::Builder::new()
             .name(format!("ringtp-rank-{rank}"))
-            .spawn(move || serve(setup, comm, &inbox, &reply_to))
+            .spawn(move || serve(setup, comm, inbox, &reply_to))
             .map_err(|error| Error::input("ranks", "threads that start", error, "use fewer"))?;
         Ok(RankThread {
             commands,

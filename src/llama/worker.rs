@@ -77,7 +77,7 @@ struct Worker {
 pub(super) fn serve(
     setup: Setup,
     mut comm: TensorComm,
-    commands: &Receiver<Command>,
+    commands: Receiver<Command>,
     replies: &Sender<Reply>,
 ) {
     let reply = |comm: &TensorComm, result| {
@@ -95,7 +95,9 @@ pub(super) fn serve(
     let (backend, model, kv) = match loaded {
         Ok(parts) => parts,
         Err(error) => {
-            comm.abort(&error.to_string());
+            abort(&mut comm, &error);
+            // Before the reply: whoever has it finds that this thread takes no more commands.
+            drop(commands);
             return reply(&comm, Err(error));
         }
     };
@@ -120,12 +122,21 @@ pub(super) fn serve(
                 {
                     // All ranks choose tokens alike, so they all have that error; any other
                     // may be this rank's alone.
-                    worker.comm.abort(&error.to_string());
+                    abort(&mut worker.comm, error);
                 }
                 result
             }
         };
         reply(&worker.comm, result);
+    }
+}
+
+/// Ends the group because of `error`; what names this rank already need not say so twice.
+fn abort(comm: &mut TensorComm, error: &Error) {
+    let me = Communicator::<CpuBackend>::rank(comm);
+    match error {
+        Error::Comm(CommError::RankFailed { rank, cause }) if *rank == me => comm.abort(cause),
+        error => comm.abort(&error.to_string()),
     }
 }
 
