@@ -76,7 +76,7 @@ const MOST_WAITING: usize = 8;
 
 /// Turns ids into text one by one. The pieces, put together, are the text.
 ///
-/// Bytes that are no whole character yet wait, for [`MOST_WAITING`] tokens at most.
+/// Bytes that are no whole character yet wait, for `MOST_WAITING` tokens at most.
 #[derive(Clone, Debug)]
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
