@@ -16,7 +16,7 @@ use ringtp::checkpoint::Checkpoint;
 use ringtp::comm::{self, Communicator, TensorComm};
 use ringtp::generate::Tokenizer;
 use ringtp::layers::{Partition, Rank};
-use ringtp::llama::{Batch, Group, GroupOptions, Model, SampleRow, select};
+use ringtp::llama::{Batch, Group, GroupOptions, LoadOptions, Model, SampleRow, select};
 
 /// The engine's policy: so many blocks of 16 positions for every request, from the start.
 const BLOCKS_EACH: u32 = 6;
@@ -42,7 +42,13 @@ fn serve(
 ) -> Result<Vec<Request>> {
     let (tp, rank) = (comm.world_size(), comm.rank());
     let (backend, dtype) = (&mut CpuBackend::new(1)?, checkpoint.dtype());
-    let mut model = Model::load(backend, checkpoint, Partition { tp, rank }, dtype, &|_| {})?;
+    let part = Partition { tp, rank };
+    let options = LoadOptions {
+        part,
+        dtype,
+        tp_invariant: false,
+    };
+    let mut model = Model::load(backend, checkpoint, options, &|_| {})?;
     let blocks = requests.len() * BLOCKS_EACH as usize;
     let mut kv = model.kv_cache(backend, blocks, 16, dtype)?;
     let mut rank = Rank { backend, comm };

@@ -14,7 +14,7 @@ use ringtp::backend::cpu::CpuBackend;
 use ringtp::comm::{self, CommError, Communicator};
 use ringtp::generate::{Llm, SamplingParams};
 use ringtp::layers::{Partition, Rank};
-use ringtp::llama::{Batch, Group, GroupOptions, Model, SampleRow, StepHook};
+use ringtp::llama::{Batch, Group, GroupOptions, LoadOptions, Model, SampleRow, StepHook};
 use ringtp::{DType, Error};
 
 /// Short, for a stall has to outlast it.
@@ -356,7 +356,12 @@ fn ranks_of_an_outside_engine_name_the_one_that_fails() -> Result {
                     rank: comm.rank(),
                 };
                 let mut backend = CpuBackend::new(1)?;
-                let mut model = Model::load(&mut backend, &checkpoint, part, DType::F32, &|_| {})?;
+                let options = LoadOptions {
+                    part,
+                    dtype: DType::F32,
+                    tp_invariant: false,
+                };
+                let mut model = Model::load(&mut backend, &checkpoint, options, &|_| {})?;
                 let mut kv = model.kv_cache(&mut backend, 4, 16, DType::F32)?;
                 for position in 0..ids.len() {
                     let fails = part.rank == failing && position == 5;

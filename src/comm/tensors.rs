@@ -8,11 +8,12 @@ use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuTensor};
 use crate::error::{Error, Result};
 
-/// A [`CpuComm`] and the all-reduce that it uses for activations.
+/// A [`CpuComm`] and how it reduces activations.
 #[derive(Debug)]
 pub struct TensorComm {
     comm: CpuComm,
     algorithm: &'static dyn AllReduce,
+    sequence_parallel: bool,
 }
 
 impl TensorComm {
@@ -21,12 +22,27 @@ impl TensorComm {
         Self {
             comm,
             algorithm: &Auto,
+            sequence_parallel: false,
         }
     }
 
     /// Uses the given all-reduce; all ranks must name the same.
     pub fn with_algorithm(comm: CpuComm, algorithm: &'static dyn AllReduce) -> Self {
-        Self { comm, algorithm }
+        Self {
+            algorithm,
+            ..Self::new(comm)
+        }
+    }
+
+    /// Sequence parallelism (Korthikanti et al., 2022): in
+    /// [`Communicator::all_reduce_add_rms_norm`] each rank reduces, adds and normalises its part
+    /// of the rows, which are then gathered: the same bytes and bits, a share of the work. The
+    /// rows of `residual` that belong to other ranks are left as they are, and not read again.
+    /// All ranks must say the same.
+    #[must_use]
+    pub fn sequence_parallel(mut self, on: bool) -> Self {
+        self.sequence_parallel = on;
+        self
     }
 
     /// What this rank spent in collectives.
@@ -46,6 +62,42 @@ impl Communicator<CpuBackend> for TensorComm {
 
     fn all_reduce(&mut self, _: &mut CpuBackend, x: &mut CpuTensor) -> Result<()> {
         Ok(self.comm.all_reduce_with(self.algorithm, x.data_mut())?)
+    }
+
+    fn all_reduce_add_rms_norm(
+        &mut self,
+        backend: &mut CpuBackend,
+        x: &mut CpuTensor,
+        bias: Option<&Vec<f32>>,
+        residual: &mut CpuTensor,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut CpuTensor,
+    ) -> Result<()> {
+        if !self.sequence_parallel {
+            self.all_reduce(backend, x)?;
+            return backend.add_rms_norm(x, bias, residual, weight, eps, out);
+        }
+        let (rows, cols, world_size) = (x.rows(), x.cols(), self.world_size());
+        // Equal parts: rows that are missing from the last are zeros.
+        let each = rows.div_ceil(world_size);
+        backend.set_rows(x, each * world_size)?;
+        x.data_mut()[rows * cols..].fill(0.0);
+        let mut sum = backend.tensor(each, cols)?;
+        self.comm.reduce_scatter(x.data(), sum.data_mut())?;
+        backend.set_rows(x, rows)?;
+
+        let first = (self.rank() * each).min(rows);
+        let mine = first * cols..(first + each).min(rows) * cols;
+        let mut part = backend.tensor(each, cols)?;
+        part.data_mut()[..mine.len()].copy_from_slice(&residual.data()[mine.clone()]);
+        let mut normed = backend.tensor(each, cols)?;
+        backend.add_rms_norm(&sum, bias, &mut part, weight, eps, &mut normed)?;
+        residual.data_mut()[mine.clone()].copy_from_slice(&part.data()[..mine.len()]);
+
+        backend.set_rows(out, each * world_size)?;
+        self.comm.all_gather(normed.data(), out.data_mut())?;
+        backend.set_rows(out, rows)
     }
 
     fn all_gather_columns(

@@ -58,6 +58,19 @@ impl LlmBuilder {
         self
     }
 
+    /// Each rank adds and normalises its part of the rows of a step; the same bits and bytes.
+    pub fn sequence_parallel(mut self, sequence_parallel: bool) -> Self {
+        self.group.sequence_parallel = sequence_parallel;
+        self
+    }
+
+    /// The same bits for any number of ranks, for about one and a half times the bytes between
+    /// them. Off by default: then another `tp` rounds differently.
+    pub fn tp_invariant(mut self, tp_invariant: bool) -> Self {
+        self.group.tp_invariant = tp_invariant;
+        self
+    }
+
     /// The all-reduce, by name; by default chosen by size.
     pub fn all_reduce(mut self, name: impl Into<Option<String>>) -> Self {
         self.group.all_reduce = name.into();

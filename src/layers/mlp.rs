@@ -1,31 +1,31 @@
 //! The feed-forward block: `down(silu(gate(x)) * up(x))`.
 
 use super::linear::opaque_debug;
-use super::{MergedColumnParallelLinear, RowParallelLinear};
+use super::{MergedColumnParallelLinear, OutputProjection, Rank, RmsNorm, Stream};
 use crate::backend::Backend;
+use crate::comm::Communicator;
 use crate::error::Result;
 
-/// Gate, up and down. The sum over the ranks is left to the caller, who fuses it with the
-/// residual and the next norm.
+/// Gate, up and down.
 pub struct Mlp<B: Backend> {
     /// Gate and up.
     pub gate_up: MergedColumnParallelLinear<B>,
     /// Down.
-    pub down: RowParallelLinear<B>,
+    pub down: OutputProjection<B>,
 }
 
 impl<B: Backend> Mlp<B> {
-    /// This rank's summands of the output `[rows, hidden]`; `inner` is scratch `[rows, the
-    /// rank's part of intermediate]`.
-    pub fn partial(
+    /// From `stream.hidden` to the residual, and its norm by `next_norm` to `stream.hidden`.
+    /// `inner` is scratch, `[rows, the rank's part of intermediate]`.
+    pub fn forward<C: Communicator<B>>(
         &self,
-        backend: &mut B,
-        x: &B::Tensor,
+        rank: &mut Rank<'_, B, C>,
+        stream: &mut Stream<'_, B::Tensor>,
+        next_norm: &RmsNorm<B>,
         inner: &mut B::Tensor,
-        out: &mut B::Tensor,
     ) -> Result<()> {
-        self.gate_up.forward(backend, x, inner)?;
-        self.down.partial(backend, inner, out)
+        self.gate_up.forward(rank.backend, stream.hidden, inner)?;
+        self.down.forward_add_norm(rank, inner, stream, next_norm)
     }
 }
 

@@ -9,6 +9,7 @@
 //! | [`MergedColumnParallelLinear`] | rows of gate and of up | no |
 //! | [`QkvParallelLinear`] | whole heads of q, k, v | no |
 //! | [`RowParallelLinear`] | columns of W, all of b | all-reduce, unless the caller does |
+//! | [`OutputProjection`] | as the one or the other | what its kind needs, then residual and norm |
 //! | [`VocabParallelEmbedding`] | rows of the vocabulary | all-reduce |
 //! | [`ParallelLmHead`] | rows of the vocabulary | all-gather, on request |
 //! | [`RmsNorm`] | all of its weight | no |
@@ -17,17 +18,19 @@ mod attention;
 mod linear;
 mod mlp;
 mod norm;
+mod output;
 mod vocab;
 
 pub(crate) use linear::opaque_debug;
 
-pub use attention::{Attention, AttentionScratch};
+pub use attention::{Attention, AttentionState};
 pub use linear::{
     ColumnParallelLinear, MergedColumnParallelLinear, Partition, QkvParallelLinear,
     RowParallelLinear,
 };
 pub use mlp::Mlp;
 pub use norm::RmsNorm;
+pub use output::{OutputProjection, Stream};
 pub use vocab::{ParallelLmHead, VocabParallelEmbedding};
 
 use crate::backend::Backend;

@@ -16,7 +16,7 @@ mod worker;
 
 pub use batch::{Batch, Limits};
 pub use group::{Group, GroupOptions, GroupStats, Progress, StepHook};
-pub use model::{KvCache, Model};
+pub use model::{KvCache, LoadOptions, Model};
 pub use rope::Rope;
 pub use sample_row::SampleRow;
 pub use select::select;

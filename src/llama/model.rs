@@ -1,5 +1,7 @@
 //! One rank's part of the decoder.
 
+use std::ops::Range;
+
 use super::{Batch, Limits, Rope};
 use crate::backend::{Backend, KvShape};
 use crate::checkpoint::{Checkpoint, LlamaConfig};
@@ -8,10 +10,10 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::host::HostMatrix;
 use crate::layers::{
-    Attention, AttentionScratch, MergedColumnParallelLinear, Mlp, ParallelLmHead, Partition,
-    QkvParallelLinear, Rank, RmsNorm, RowParallelLinear, VocabParallelEmbedding, opaque_debug,
+    Attention, AttentionState, MergedColumnParallelLinear, Mlp, OutputProjection, ParallelLmHead,
+    Partition, QkvParallelLinear, Rank, RmsNorm, Stream, VocabParallelEmbedding, opaque_debug,
 };
-use crate::shard::{Dims, HeadShard};
+use crate::shard::{Dims, HeadShard, split};
 
 struct DecoderLayer<B: Backend> {
     input_norm: RmsNorm<B>,
@@ -32,8 +34,8 @@ struct Workspace<T> {
     heads: T,
     /// `[rows, the rank's part of intermediate]`
     inner: T,
-    /// `[rows, hidden]`: a row-parallel product, to be reduced.
-    partial: T,
+    /// `[rows, hidden]`: a block's output.
+    output: T,
     /// `[logits rows, hidden]`
     wanted: T,
     /// `[logits rows, the rank's part of the vocabulary]`
@@ -50,6 +52,18 @@ pub struct KvCache<B: Backend> {
     pub shape: KvShape,
 }
 
+/// How one rank's part of a model is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Which part.
+    pub part: Partition,
+    /// Storage type of the weights.
+    pub dtype: DType,
+    /// The same bits for any number of ranks, for about one and a half times the bytes between
+    /// them: see [`OutputProjection::Gathered`].
+    pub tp_invariant: bool,
+}
+
 /// One rank's part of a Llama.
 pub struct Model<B: Backend> {
     dims: Dims,
@@ -64,26 +78,24 @@ pub struct Model<B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Loads the part of `part.rank`, stored as `dtype`; `progress` is told the bytes of each
-    /// weight of the checkpoint when this rank is done with it.
+    /// Loads one rank's part; `progress` is told the bytes of each weight of the checkpoint when
+    /// this rank is done with it.
     ///
     /// # Errors
     /// A `tp` that is not valid for the model; memory.
     pub fn load(
         backend: &mut B,
         checkpoint: &Checkpoint,
-        part: Partition,
-        dtype: DType,
+        options: LoadOptions,
         progress: &dyn Fn(usize),
     ) -> Result<Self> {
-        let config = checkpoint.config();
+        let (config, part) = (checkpoint.config(), options.part);
         config.dims.check_tp(part.tp)?;
         let mut loader = Loader {
             backend,
             checkpoint,
             config,
-            part,
-            dtype,
+            options,
             progress,
         };
         let embedding = loader.embedding()?;
@@ -186,25 +198,25 @@ impl<B: Backend> Model<B> {
             self.norm
                 .forward(rank.backend, &ws.residual, &mut ws.hidden)?;
         }
+        let mut stream = Stream {
+            rows: batch.rows(),
+            residual: &mut ws.residual,
+            hidden: &mut ws.hidden,
+            output: &mut ws.output,
+        };
         for (index, (layer, next_norm)) in self.layers.iter().zip(next_norms).enumerate() {
-            let scratch = AttentionScratch {
+            let state = AttentionState {
+                plan: &plan,
+                pages: &mut kv.pages,
+                layer: index,
                 qkv: &mut ws.qkv,
                 heads: &mut ws.heads,
             };
-            layer.attention.partial(
-                rank.backend,
-                &ws.hidden,
-                &plan,
-                &mut kv.pages,
-                index,
-                scratch,
-                &mut ws.partial,
-            )?;
-            ws.reduce_add_norm(rank, layer.attention.o.bias(), &layer.post_attention_norm)?;
+            let norm = &layer.post_attention_norm;
+            layer.attention.forward(rank, &mut stream, norm, state)?;
             layer
                 .mlp
-                .partial(rank.backend, &ws.hidden, &mut ws.inner, &mut ws.partial)?;
-            ws.reduce_add_norm(rank, layer.mlp.down.bias(), next_norm)?;
+                .forward(rank, &mut stream, next_norm, &mut ws.inner)?;
         }
         rank.backend
             .logits_rows(&ws.hidden, &plan, &mut ws.wanted)?;
@@ -239,7 +251,7 @@ impl<T> Workspace<T> {
             qkv: backend.tensor(0, q + 2 * kv)?,
             heads: backend.tensor(0, q)?,
             inner: backend.tensor(0, part.of(dims.intermediate_size).len())?,
-            partial: backend.tensor(0, dims.hidden_size)?,
+            output: backend.tensor(0, dims.hidden_size)?,
             wanted: backend.tensor(0, dims.hidden_size)?,
             logits: backend.tensor(0, vocab.ids.len())?,
         })
@@ -257,30 +269,12 @@ impl<T> Workspace<T> {
             &mut self.qkv,
             &mut self.heads,
             &mut self.inner,
-            &mut self.partial,
+            &mut self.output,
         ] {
             backend.set_rows(tensor, rows)?;
         }
         backend.set_rows(&mut self.wanted, logits_rows)?;
         backend.set_rows(&mut self.logits, logits_rows)
-    }
-
-    /// `residual += sum of partial over the ranks (+ bias)`; `hidden = norm(residual)`.
-    fn reduce_add_norm<B: Backend<Tensor = T>, C: Communicator<B>>(
-        &mut self,
-        rank: &mut Rank<'_, B, C>,
-        bias: Option<&B::Vector>,
-        norm: &RmsNorm<B>,
-    ) -> Result<()> {
-        rank.comm.all_reduce_add_rms_norm(
-            rank.backend,
-            &mut self.partial,
-            bias,
-            &mut self.residual,
-            &norm.weight,
-            norm.eps,
-            &mut self.hidden,
-        )
     }
 }
 
@@ -289,8 +283,7 @@ struct Loader<'a, B> {
     backend: &'a mut B,
     checkpoint: &'a Checkpoint,
     config: &'a LlamaConfig,
-    part: Partition,
-    dtype: DType,
+    options: LoadOptions,
     progress: &'a dyn Fn(usize),
 }
 
@@ -337,41 +330,61 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     fn embedding(&mut self) -> Result<VocabParallelEmbedding<B>> {
         let table = self.tensor("model.embed_tokens.weight")?;
-        VocabParallelEmbedding::new(self.backend, table, self.part, self.dtype)
+        VocabParallelEmbedding::new(self.backend, table, self.options.part, self.options.dtype)
     }
 
     fn head(&mut self) -> Result<ParallelLmHead<B>> {
         if self.config.dims.tie_word_embeddings {
-            return Ok(ParallelLmHead::tied(self.config.dims.vocab_size, self.part));
+            return Ok(ParallelLmHead::tied(
+                self.config.dims.vocab_size,
+                self.options.part,
+            ));
         }
         let weight = self.tensor("lm_head.weight")?;
-        ParallelLmHead::new(self.backend, weight, self.part, self.dtype)
+        ParallelLmHead::new(self.backend, weight, self.options.part, self.options.dtype)
     }
 
-    fn row(
+    /// An output projection; `range` says which part of its input a rank has.
+    fn output(
         &mut self,
         layer: &str,
         bias: bool,
-        range: std::ops::Range<usize>,
-    ) -> Result<RowParallelLinear<B>> {
+        range: impl Fn(usize) -> Range<usize>,
+    ) -> Result<OutputProjection<B>> {
         let (weight, bias) = (self.weight(layer)?, self.bias(layer, bias)?);
-        RowParallelLinear::new(self.backend, weight, bias, range, self.dtype)
+        let ranges: Vec<_> = (0..self.options.part.tp).map(range).collect();
+        let LoadOptions {
+            part,
+            dtype,
+            tp_invariant,
+        } = self.options;
+        OutputProjection::new(
+            self.backend,
+            weight,
+            bias,
+            part,
+            &ranges,
+            dtype,
+            tp_invariant,
+        )
     }
 
     fn layer(&mut self, layer: &str) -> Result<DecoderLayer<B>> {
-        let (dims, part) = (self.config.dims, self.part);
+        let (dims, part) = (self.config.dims, self.options.part);
         let input_norm = self.norm(&format!("{layer}.input_layernorm.weight"))?;
         let (weights, bias) = self.projections(
             ["q_proj", "k_proj", "v_proj"].map(|name| format!("{layer}.self_attn.{name}")),
             dims.attention_bias,
         )?;
-        let qkv = QkvParallelLinear::new(self.backend, &dims, weights, bias, part, self.dtype)?;
-        let heads = HeadShard::new(&dims, part.tp, part.rank).q;
-        let range = heads.start * dims.head_dim..heads.end * dims.head_dim;
-        let o = self.row(
+        let qkv =
+            QkvParallelLinear::new(self.backend, &dims, weights, bias, part, self.options.dtype)?;
+        let o = self.output(
             &format!("{layer}.self_attn.o_proj"),
             dims.attention_bias,
-            range,
+            |rank| {
+                let heads = HeadShard::new(&dims, part.tp, rank).q;
+                heads.start * dims.head_dim..heads.end * dims.head_dim
+            },
         )?;
         let post_attention_norm = self.norm(&format!("{layer}.post_attention_layernorm.weight"))?;
         let (weights, bias) = self.projections(
@@ -379,9 +392,10 @@ impl<'a, B: Backend> Loader<'a, B> {
             dims.mlp_bias,
         )?;
         let gate_up =
-            MergedColumnParallelLinear::new(self.backend, weights, bias, part, self.dtype)?;
-        let range = part.of(dims.intermediate_size);
-        let down = self.row(&format!("{layer}.mlp.down_proj"), dims.mlp_bias, range)?;
+            MergedColumnParallelLinear::new(self.backend, weights, bias, part, self.options.dtype)?;
+        let down = self.output(&format!("{layer}.mlp.down_proj"), dims.mlp_bias, |rank| {
+            split(dims.intermediate_size, part.tp, rank)
+        })?;
         Ok(DecoderLayer {
             input_norm,
             attention: Attention { qkv, o },

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
 use super::group::{Progress, StepHook};
-use super::{Batch, KvCache, Model, SampleRow, select};
+use super::{Batch, KvCache, LoadOptions, Model, SampleRow, select};
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::Checkpoint;
 use crate::comm::{CommError, CommStats, Communicator, TensorComm};
@@ -58,11 +58,28 @@ pub(super) struct Setup {
     pub(super) incarnation: u64,
     pub(super) threads: usize,
     pub(super) dtype: DType,
+    pub(super) tp_invariant: bool,
     pub(super) max_model_len: usize,
     pub(super) num_blocks: usize,
     pub(super) block_size: usize,
     pub(super) progress: Option<Progress>,
     pub(super) on_step: Option<StepHook>,
+}
+
+impl Setup {
+    fn load_options(&self) -> LoadOptions {
+        let Self {
+            part,
+            dtype,
+            tp_invariant,
+            ..
+        } = *self;
+        LoadOptions {
+            part,
+            dtype,
+            tp_invariant,
+        }
+    }
 }
 
 struct Worker {
@@ -165,8 +182,7 @@ fn load(setup: &Setup) -> Result<(CpuBackend, Model<CpuBackend>, KvCache<CpuBack
     let mut model = Model::load(
         &mut backend,
         &setup.checkpoint,
-        setup.part,
-        setup.dtype,
+        setup.load_options(),
         &progress,
     )?;
     model.limit_context(setup.max_model_len);

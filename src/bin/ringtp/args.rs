@@ -102,6 +102,12 @@ pub(crate) struct ModelArgs {
     /// The all-reduce between the ranks, by name [default: chosen by size]
     #[arg(long, value_name = "NAME", help_heading = "Execution")]
     pub(crate) all_reduce: Option<String>,
+    /// The same bits whatever --tp is; sends about half as many bytes again between the ranks
+    #[arg(long, help_heading = "Execution")]
+    pub(crate) tp_invariant: bool,
+    /// Each rank adds and normalises its part of the rows; the same bits and bytes
+    #[arg(long, help_heading = "Execution")]
+    pub(crate) sequence_parallel: bool,
     /// How many seconds a rank waits for another before all give up [default: the library's]
     #[arg(long, value_name = "SECONDS", value_parser = deadline, help_heading = "Execution")]
     pub(crate) deadline: Option<Duration>,
@@ -112,6 +118,8 @@ impl ModelArgs {
         let builder = Llm::builder(&self.model)
             .tp(self.tp)
             .dtype(self.dtype.0)
+            .tp_invariant(self.tp_invariant)
+            .sequence_parallel(self.sequence_parallel)
             .threads(self.threads)
             .max_model_len(self.max_model_len)
             .all_reduce(self.all_reduce.clone());
