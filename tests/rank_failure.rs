@@ -17,8 +17,8 @@ use ringtp::layers::{Partition, Rank};
 use ringtp::llama::{Batch, Group, GroupOptions, LoadOptions, Model, SampleRow, StepHook};
 use ringtp::{DType, Error};
 
-/// Short, for a stall has to outlast it.
-const DEADLINE: Duration = Duration::from_millis(200);
+/// Short, for many stalls have to outlast it; long enough for a loaded machine to run a step.
+const DEADLINE: Duration = Duration::from_millis(400);
 /// A deadline that no test reaches: what ends earlier was not ended by it.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// What a loaded machine may take on top.
@@ -141,7 +141,7 @@ fn a_rank_that_panics_or_stalls_is_named_and_the_rebuilt_group_gives_the_same_bi
                 let again = group.step(&one_row(), &[SampleRow::greedy()]);
                 assert_eq!(again.expect_err(&case).to_string(), message, "{case}");
             }
-            assert!(start.elapsed() < DEADLINE, "{case}");
+            assert!(start.elapsed() < 5 * DEADLINE, "20 calls that do not wait");
 
             group.rebuild()?;
             assert_eq!(run(&mut group)?, fresh, "{case}: rebuilt");
@@ -209,7 +209,7 @@ fn a_rank_that_came_back_before_the_rebuild_is_not_loaded_again() -> Result {
     );
     gate.open();
     // It only has to find out that its group ended.
-    thread::sleep(Duration::from_millis(500));
+    thread::sleep(Duration::from_secs(1));
     group.rebuild()?;
     assert_eq!(loaded.load(Ordering::SeqCst), once);
     group.forward(&one_row())?;
@@ -311,6 +311,80 @@ fn a_model_with_its_tokenizer_is_rebuilt_and_gives_the_same_text() -> Result {
     Ok(())
 }
 
+/// The ring's ranks wait for their neighbours, who are innocent.
+#[test]
+fn every_all_reduce_names_the_stalled_rank() -> Result {
+    for all_reduce in ["one-shot", "two-shot", "ring"] {
+        for rank in 0..4 {
+            let (hook, gate) = saboteur(Fault::Stall, rank, 1);
+            let mut options = options(4, DEADLINE, Some(hook));
+            options.all_reduce = Some(all_reduce.into());
+            let mut group = load(MODEL, options)?;
+            let error = group.forward(&one_row()).expect_err("a stall");
+            assert_eq!(blamed(&error), Some(rank), "{all_reduce}: {error}");
+            gate.open();
+            group.rebuild()?;
+            group.forward(&one_row())?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_rebuild_whose_loading_fails_says_so_and_can_be_done_again() -> Result {
+    let fresh = run(&mut load(MODEL, options(3, PATIENCE, None))?)?;
+    let (hook, gate) = saboteur(Fault::Stall, 1, 2);
+    let no_memory = Arc::new(AtomicBool::new(false));
+    let fails = no_memory.clone();
+    let mut options = options(3, DEADLINE, Some(hook));
+    options.progress = Some(Arc::new(move |_| {
+        assert!(!fails.load(Ordering::SeqCst), "no weights today");
+    }));
+    let mut group = load(MODEL, options)?;
+    run(&mut group).expect_err("a stall");
+    no_memory.store(true, Ordering::SeqCst);
+    for _ in 0..20 {
+        let error = group.rebuild().expect_err("no weights");
+        assert_eq!(blamed(&error), Some(1), "{error}");
+        assert!(error.to_string().contains("no weights today"), "{error}");
+        let again = group.forward(&one_row()).expect_err("not rebuilt");
+        assert_eq!(again.to_string(), error.to_string());
+    }
+    no_memory.store(false, Ordering::SeqCst);
+    group.rebuild()?;
+    assert_eq!(run(&mut group)?, fresh);
+    gate.open();
+    Ok(())
+}
+
+#[test]
+fn a_cache_that_no_memory_holds_is_an_error_of_every_rank_and_no_hang() -> Result {
+    for tp in [1, 3] {
+        let mut options = options(tp, PATIENCE, None);
+        options.num_blocks = Some(1 << 44);
+        let refused = load(MODEL, options).map(|_| ());
+        assert!(matches!(refused, Err(Error::OutOfMemory(_))), "{refused:?}");
+    }
+    Ok(())
+}
+
+/// A row of which nothing may be chosen is its caller's affair: the ranks go on.
+#[test]
+fn a_choice_among_nothing_is_no_failure() -> Result {
+    for tp in [1, 3] {
+        let mut group = load(MODEL, options(tp, PATIENCE, None))?;
+        let fresh = run(&mut group)?;
+        let nothing = SampleRow {
+            banned: (0..group.limits().vocab_size as u32).collect(),
+            ..SampleRow::greedy()
+        };
+        let refused = group.step(&one_row(), &[nothing]);
+        assert!(matches!(refused, Err(Error::Sampling(_))), "{refused:?}");
+        assert_eq!(run(&mut group)?, fresh);
+    }
+    Ok(())
+}
+
 /// A batch that breaks the limits is refused before any rank sees it, and harms nothing.
 #[test]
 fn a_refused_batch_is_no_failure() -> Result {
@@ -390,8 +464,10 @@ fn ranks_of_an_outside_engine_name_the_one_that_fails() -> Result {
                         assert!(start.elapsed() < DEADLINE + SLACK);
                         // Sticky, here too.
                         let start = Instant::now();
-                        assert!(model.forward(&mut rank, &step, &mut kv).is_err());
-                        assert!(start.elapsed() < DEADLINE);
+                        for _ in 0..20 {
+                            assert!(model.forward(&mut rank, &step, &mut kv).is_err());
+                        }
+                        assert!(start.elapsed() < 5 * DEADLINE, "20 calls that do not wait");
                         if left.fetch_sub(1, Ordering::SeqCst) == 1 {
                             gate.open();
                         }

@@ -203,6 +203,30 @@ fn the_number_of_threads_changes_no_bit() -> Result {
     Ok(())
 }
 
+/// The ring rounds at each hop, and says so; the others sum in rank order.
+#[test]
+fn the_all_reduce_that_sums_in_rank_order_changes_no_bit() -> Result {
+    for (name, tp) in [("gqa_16_8", 4), ("biases_tied", 3), ("bf16", 3)] {
+        let expected = run(&mut group(name, tp, 1)?, &alone(), 0)?;
+        let mut differs = false;
+        for all_reduce in ["one-shot", "two-shot", "ring"] {
+            let options = GroupOptions {
+                tp,
+                all_reduce: Some(all_reduce.into()),
+                num_blocks: Some(BLOCKS),
+                ..Default::default()
+            };
+            let found = run(&mut load(name, options)?, &alone(), 0)?;
+            match all_reduce {
+                "ring" => differs = found != expected,
+                _ => assert!(found == expected, "{name}: {all_reduce}"),
+            }
+        }
+        assert!(differs, "{name}: the comparison sees the ring's rounding");
+    }
+    Ok(())
+}
+
 /// Any way to cut the sequences into steps.
 fn any_schedule() -> impl Strategy<Value = Schedule> {
     let piece = (0..LENGTHS.len(), 1..17_usize);

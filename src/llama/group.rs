@@ -1,7 +1,7 @@
 //! The ranks of one process, each on a thread of its own.
 
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SendError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -119,6 +119,23 @@ struct RankThread {
     busy: bool,
 }
 
+impl RankThread {
+    /// Lets the thread go on with a new end of the group; gives that back if it cannot.
+    fn rejoin(&mut self, comm: TensorComm) -> Option<TensorComm> {
+        if self.busy {
+            return Some(comm);
+        }
+        match self.commands.send(Command::Rejoin(comm)) {
+            Ok(()) => {
+                self.busy = true;
+                None
+            }
+            Err(SendError(Command::Rejoin(comm))) => Some(comm),
+            Err(SendError(Command::Run(_))) => unreachable!("what was sent comes back"),
+        }
+    }
+}
+
 impl Group {
     /// Loads `checkpoint` onto `options.tp` ranks, each reading its own slices.
     ///
@@ -233,10 +250,8 @@ impl Group {
             self.answered(&reply);
         }
         for (rank, comm) in self.communicators()?.into_iter().enumerate() {
-            if self.ranks[rank].busy || self.ranks[rank].thread.is_finished() {
+            if let Some(comm) = self.ranks[rank].rejoin(comm) {
                 self.ranks[rank] = self.spawn(rank, comm)?;
-            } else {
-                self.send(rank, Command::Rejoin(comm))?;
             }
         }
         self.failed = None;
