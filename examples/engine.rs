@@ -15,7 +15,7 @@ use ringtp::backend::cpu::CpuBackend;
 use ringtp::checkpoint::Checkpoint;
 use ringtp::comm::{self, Communicator, TensorComm};
 use ringtp::generate::Tokenizer;
-use ringtp::layers::{Partition, Rank};
+use ringtp::layers::Rank;
 use ringtp::llama::{Batch, Group, GroupOptions, LoadOptions, Model, SampleRow, select};
 
 /// The engine's policy: so many blocks of 16 positions for every request, from the start.
@@ -40,18 +40,16 @@ fn serve(
     mut requests: Vec<Request>,
     steps: usize,
 ) -> Result<Vec<Request>> {
-    let (tp, rank) = (comm.world_size(), comm.rank());
-    let (backend, dtype) = (&mut CpuBackend::new(1)?, checkpoint.dtype());
-    let part = Partition { tp, rank };
+    let backend = &mut CpuBackend::new(1)?;
+    let mut rank = Rank { backend, comm };
+    let dtype = checkpoint.dtype();
     let options = LoadOptions {
-        part,
         dtype,
         tp_invariant: false,
     };
-    let mut model = Model::load(backend, checkpoint, options, &|_| {})?;
+    let mut model = Model::load(&mut rank, checkpoint, options, &|_| {})?;
     let blocks = requests.len() * BLOCKS_EACH as usize;
-    let mut kv = model.kv_cache(backend, blocks, 16, dtype)?;
-    let mut rank = Rank { backend, comm };
+    let mut kv = model.kv_cache(rank.backend, blocks, 16, dtype)?;
     for step in 0..steps {
         let mut batch = Batch::new();
         let here = |request: &&mut Request| request.joins <= step;

@@ -13,7 +13,7 @@ use model_support::{Result, batch, bits, fixture, load, open, some_ids, spmd};
 use ringtp::backend::cpu::CpuBackend;
 use ringtp::comm::{self, CommError, Communicator};
 use ringtp::generate::{Llm, SamplingParams};
-use ringtp::layers::{Partition, Rank};
+use ringtp::layers::Rank;
 use ringtp::llama::{Batch, Group, GroupOptions, LoadOptions, Model, SampleRow, StepHook};
 use ringtp::{DType, Error};
 
@@ -425,20 +425,20 @@ fn ranks_of_an_outside_engine_name_the_one_that_fails() -> Result {
                 ..Default::default()
             };
             let results = spmd(tp, options, |mut comm| -> ringtp::Result<()> {
-                let part = Partition {
-                    tp,
-                    rank: comm.rank(),
-                };
+                let me = comm.rank();
                 let mut backend = CpuBackend::new(1)?;
                 let options = LoadOptions {
-                    part,
                     dtype: DType::F32,
                     tp_invariant: false,
                 };
-                let mut model = Model::load(&mut backend, &checkpoint, options, &|_| {})?;
+                let mut rank = Rank {
+                    backend: &mut backend,
+                    comm: &mut comm,
+                };
+                let mut model = Model::load(&mut rank, &checkpoint, options, &|_| {})?;
                 let mut kv = model.kv_cache(&mut backend, 4, 16, DType::F32)?;
                 for position in 0..ids.len() {
-                    let fails = part.rank == failing && position == 5;
+                    let fails = me == failing && position == 5;
                     match fault {
                         Spmd::Panics if fails => panic!("out of ideas"),
                         Spmd::Aborts if fails => {

@@ -16,6 +16,13 @@ pub trait Communicator<B: Backend>: Send {
     /// The number of ranks.
     fn world_size(&self) -> usize;
 
+    /// A tensor that the other ranks may reach: what collectives are fastest on. It belongs to
+    /// the group, so that a rank that gives up frees nothing that a peer still reads. By default
+    /// any tensor will do.
+    fn buffer(&mut self, backend: &mut B, rows: usize, cols: usize) -> Result<B::Tensor> {
+        backend.tensor(rows, cols)
+    }
+
     /// `x = sum of x over the ranks`: the same bits on all.
     fn all_reduce(&mut self, backend: &mut B, x: &mut B::Tensor) -> Result<()>;
 

@@ -55,8 +55,6 @@ pub struct KvCache<B: Backend> {
 /// How one rank's part of a model is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Which part.
-    pub part: Partition,
     /// Storage type of the weights.
     pub dtype: DType,
     /// The same bits for any number of ranks, for about one and a half times the bytes between
@@ -83,18 +81,19 @@ impl<B: Backend> Model<B> {
     ///
     /// # Errors
     /// A `tp` that is not valid for the model; memory.
-    pub fn load(
-        backend: &mut B,
+    pub fn load<C: Communicator<B>>(
+        rank: &mut Rank<'_, B, C>,
         checkpoint: &Checkpoint,
         options: LoadOptions,
         progress: &dyn Fn(usize),
     ) -> Result<Self> {
-        let (config, part) = (checkpoint.config(), options.part);
+        let (config, part) = (checkpoint.config(), rank.partition());
         config.dims.check_tp(part.tp)?;
         let mut loader = Loader {
-            backend,
+            backend: &mut *rank.backend,
             checkpoint,
             config,
+            part,
             options,
             progress,
         };
@@ -113,7 +112,7 @@ impl<B: Backend> Model<B> {
             layers,
             norm,
             head,
-            workspace: Workspace::new(backend, &config.dims, part)?,
+            workspace: Workspace::new(rank, &config.dims)?,
         })
     }
 
@@ -238,7 +237,15 @@ impl<B: Backend> Model<B> {
 }
 
 impl<T> Workspace<T> {
-    fn new<B: Backend<Tensor = T>>(backend: &mut B, dims: &Dims, part: Partition) -> Result<Self> {
+    fn new<B: Backend<Tensor = T>, C: Communicator<B>>(
+        rank: &mut Rank<'_, B, C>,
+        dims: &Dims,
+    ) -> Result<Self> {
+        let part = rank.partition();
+        // These are reduced over the ranks.
+        let residual = rank.comm.buffer(rank.backend, 0, dims.hidden_size)?;
+        let output = rank.comm.buffer(rank.backend, 0, dims.hidden_size)?;
+        let backend = &mut *rank.backend;
         let heads = HeadShard::new(dims, part.tp, part.rank);
         let (q, kv) = (
             heads.q.len() * dims.head_dim,
@@ -246,12 +253,12 @@ impl<T> Workspace<T> {
         );
         let vocab = crate::shard::VocabShard::new(dims.vocab_size, part.tp, part.rank);
         Ok(Self {
-            residual: backend.tensor(0, dims.hidden_size)?,
+            residual,
             hidden: backend.tensor(0, dims.hidden_size)?,
             qkv: backend.tensor(0, q + 2 * kv)?,
             heads: backend.tensor(0, q)?,
             inner: backend.tensor(0, part.of(dims.intermediate_size).len())?,
-            output: backend.tensor(0, dims.hidden_size)?,
+            output,
             wanted: backend.tensor(0, dims.hidden_size)?,
             logits: backend.tensor(0, vocab.ids.len())?,
         })
@@ -283,6 +290,7 @@ struct Loader<'a, B> {
     backend: &'a mut B,
     checkpoint: &'a Checkpoint,
     config: &'a LlamaConfig,
+    part: Partition,
     options: LoadOptions,
     progress: &'a dyn Fn(usize),
 }
@@ -330,18 +338,15 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     fn embedding(&mut self) -> Result<VocabParallelEmbedding<B>> {
         let table = self.tensor("model.embed_tokens.weight")?;
-        VocabParallelEmbedding::new(self.backend, table, self.options.part, self.options.dtype)
+        VocabParallelEmbedding::new(self.backend, table, self.part, self.options.dtype)
     }
 
     fn head(&mut self) -> Result<ParallelLmHead<B>> {
         if self.config.dims.tie_word_embeddings {
-            return Ok(ParallelLmHead::tied(
-                self.config.dims.vocab_size,
-                self.options.part,
-            ));
+            return Ok(ParallelLmHead::tied(self.config.dims.vocab_size, self.part));
         }
         let weight = self.tensor("lm_head.weight")?;
-        ParallelLmHead::new(self.backend, weight, self.options.part, self.options.dtype)
+        ParallelLmHead::new(self.backend, weight, self.part, self.options.dtype)
     }
 
     /// An output projection; `range` says which part of its input a rank has.
@@ -352,12 +357,12 @@ impl<'a, B: Backend> Loader<'a, B> {
         range: impl Fn(usize) -> Range<usize>,
     ) -> Result<OutputProjection<B>> {
         let (weight, bias) = (self.weight(layer)?, self.bias(layer, bias)?);
-        let ranges: Vec<_> = (0..self.options.part.tp).map(range).collect();
+        let ranges: Vec<_> = (0..self.part.tp).map(range).collect();
         let LoadOptions {
-            part,
             dtype,
             tp_invariant,
         } = self.options;
+        let part = self.part;
         OutputProjection::new(
             self.backend,
             weight,
@@ -370,7 +375,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     fn layer(&mut self, layer: &str) -> Result<DecoderLayer<B>> {
-        let (dims, part) = (self.config.dims, self.options.part);
+        let (dims, part) = (self.config.dims, self.part);
         let input_norm = self.norm(&format!("{layer}.input_layernorm.weight"))?;
         let (weights, bias) = self.projections(
             ["q_proj", "k_proj", "v_proj"].map(|name| format!("{layer}.self_attn.{name}")),

@@ -66,22 +66,6 @@ pub(super) struct Setup {
     pub(super) on_step: Option<StepHook>,
 }
 
-impl Setup {
-    fn load_options(&self) -> LoadOptions {
-        let Self {
-            part,
-            dtype,
-            tp_invariant,
-            ..
-        } = *self;
-        LoadOptions {
-            part,
-            dtype,
-            tp_invariant,
-        }
-    }
-}
-
 struct Worker {
     setup: Setup,
     backend: CpuBackend,
@@ -108,7 +92,7 @@ pub(super) fn serve(
             stats: comm.stats(),
         });
     };
-    let loaded = guarded(setup.part.rank, || load(&setup));
+    let loaded = guarded(setup.part.rank, || load(&setup, &mut comm));
     let (backend, model, kv) = match loaded {
         Ok(parts) => parts,
         Err(error) => {
@@ -172,19 +156,25 @@ fn panic_message(panic: &(dyn Any + Send)) -> &str {
         .unwrap_or("(no message)")
 }
 
-fn load(setup: &Setup) -> Result<(CpuBackend, Model<CpuBackend>, KvCache<CpuBackend>)> {
+fn load(
+    setup: &Setup,
+    comm: &mut TensorComm,
+) -> Result<(CpuBackend, Model<CpuBackend>, KvCache<CpuBackend>)> {
     let mut backend = CpuBackend::new(setup.threads)?;
     let progress = |bytes| {
         if let Some(progress) = &setup.progress {
             progress(bytes);
         }
     };
-    let mut model = Model::load(
-        &mut backend,
-        &setup.checkpoint,
-        setup.load_options(),
-        &progress,
-    )?;
+    let mut rank = Rank {
+        backend: &mut backend,
+        comm,
+    };
+    let options = LoadOptions {
+        dtype: setup.dtype,
+        tp_invariant: setup.tp_invariant,
+    };
+    let mut model = Model::load(&mut rank, &setup.checkpoint, options, &progress)?;
     model.limit_context(setup.max_model_len);
     let kv = model.kv_cache(
         &mut backend,
