@@ -425,6 +425,9 @@ fn root_cause(a: Error, b: Error) -> Error {
     if depth(&b) < depth(&a) { b } else { a }
 }
 
+/// Blocks of a KV cache: 2^28 positions at the least, and few enough to list the free ones.
+const MAX_BLOCKS: usize = 1 << 24;
+
 fn limits(checkpoint: &Checkpoint, options: &GroupOptions) -> Result<Limits> {
     let config = checkpoint.config();
     let context = config.max_context();
@@ -448,6 +451,14 @@ fn limits(checkpoint: &Checkpoint, options: &GroupOptions) -> Result<Limits> {
     }
     let positions = max_model_len.max(65536.min(16 * max_model_len));
     let num_blocks = options.num_blocks.unwrap_or(positions.div_ceil(block_size));
+    if num_blocks == 0 || num_blocks > MAX_BLOCKS {
+        return Err(Error::input(
+            "num_blocks",
+            format_args!("1 to {MAX_BLOCKS}"),
+            num_blocks,
+            "give the KV cache as many blocks as its sequences need",
+        ));
+    }
     Ok(Limits {
         vocab_size: config.dims.vocab_size,
         max_model_len,
