@@ -14,7 +14,7 @@ use crate::error::Fault;
 pub(super) const MAX_SIZE: usize = 1 << 24;
 
 /// The text of file `path`, `None` where there is no such file.
-pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, Fault> {
+pub(crate) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, Fault> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let unreadable = |found: &dyn fmt::Display| {
         Fault::new(
@@ -234,12 +234,12 @@ impl<'a> Fields<'a> {
         for value in list {
             match value.as_u64().filter(|&id| id < bound) {
                 Some(id) => ids.push(id as u32),
-                None => self.fault(
-                    name,
-                    format_args!("token ids from 0 to {}", bound - 1),
-                    brief(value),
-                    "name ids of the vocabulary",
-                ),
+                None => {
+                    let expected = format!("token ids from 0 to {}", bound - 1);
+                    self.fault(name, expected, brief(value), "name ids of the vocabulary");
+                    // A list may be long; its first defect says what is wrong with it.
+                    break;
+                }
             }
         }
         Some(ids)

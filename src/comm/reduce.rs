@@ -1,6 +1,6 @@
 //! The arithmetic of reductions: sums in f32, in the order given, rounded once.
 //!
-//! Every result goes through [`Wide::narrow`], where a negative zero becomes a positive one
+//! Every result goes through `Wide::narrow`, where a negative zero becomes a positive one
 //! (also one that rounding makes of a tiny negative sum), so that ranks agree bit for bit
 //! whatever the algorithm. NaN stays NaN.
 //!

@@ -9,7 +9,11 @@ use minijinja::{Environment, ErrorKind, context};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter};
 
+use crate::checkpoint::read_text;
 use crate::error::{Error, Fault, Result};
+
+/// A template, or the tokenizer's configuration with it, of more bytes is not one.
+const MAX_BYTES: u64 = 1 << 24;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -149,12 +153,7 @@ impl ChatTemplate {
 }
 
 fn read(dir: &Path, name: &str) -> Result<Option<String>> {
-    let path = dir.join(name);
-    match std::fs::read_to_string(&path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io(&path, "read", &error)),
-    }
+    read_text(&dir.join(name), MAX_BYTES).map_err(|fault| Error::model(dir.display(), fault))
 }
 
 fn read_json(dir: &Path, name: &str) -> Result<Option<serde_json::Value>> {

@@ -97,7 +97,6 @@ impl LlmBuilder {
         config.dims.check_tp(self.group.tp)?;
         for (what, value) in [
             ("max_batch_tokens", Some(self.max_batch_tokens)),
-            ("threads", self.group.threads),
             ("num_blocks", self.group.num_blocks),
         ] {
             if value == Some(0) {

@@ -2,7 +2,7 @@
 //!
 //! Activations are f32; weights and KV entries keep their storage type in memory and are
 //! widened in registers. The bits of a result depend neither on the number of threads nor on
-//! the instruction set (see [`simd`]).
+//! the instruction set (see `simd`).
 
 mod attention;
 mod gemm;
