@@ -398,3 +398,32 @@ fn a_file_that_cannot_be_written() {
     refused(&logits(directory), &["a directory", "name a file"]);
     refused(&logits(""), &["--out"]);
 }
+
+/// NaN and inf in the weights, in the embedding of id 5 alone: the error comes when it is asked
+/// for, with exit code 1, and counts prompts as the command line does, however they are batched.
+#[test]
+fn weights_that_are_no_numbers() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let model = Model::new().with_bytes(|bytes| {
+            let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+            let header: serde_json::Value =
+                serde_json::from_slice(&bytes[8..8 + length]).expect("a header");
+            let start = header["model.embed_tokens.weight"]["data_offsets"][0].as_u64();
+            let at = 8 + length + start.expect("an offset") as usize + 5 * 32 * 4;
+            bytes[at..at + 4].copy_from_slice(&bad.to_le_bytes());
+        });
+        for tp in ["1", "2"] {
+            for rows in ["512", "2"] {
+                let args = ["--ids", "1,2", "--ids", "3,5", "--max-batch-tokens", rows];
+                let more = ["--max-tokens", "1", "--tp", tp, "--json"];
+                let ran = ids(&model, &[&args[..], &more[..]].concat());
+                assert_eq!(ran.code, 1, "{}", ran.stderr);
+                let expected = "error: logits of row 1: expected finite numbers";
+                assert!(ran.stderr.starts_with(expected), "{}", ran.stderr);
+                assert!(ran.stderr.contains("look for broken weights"));
+            }
+        }
+        let ran = ids(&model, &["--ids", "1,2", "--max-tokens", "1"]);
+        assert_eq!(ran.code, 0, "other ids do not suffer: {}", ran.stderr);
+    }
+}

@@ -33,17 +33,24 @@ pub(crate) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, Fault
     if !metadata.is_file() {
         return Err(unreadable(&"something that is not a file"));
     }
+    let too_long = |length: u64| {
+        Fault::new(
+            &name,
+            format_args!("at most {limit} bytes"),
+            format_args!("{length} bytes"),
+            "check that it is the file it is named after",
+        )
+    };
+    if metadata.len() > limit {
+        return Err(too_long(metadata.len()));
+    }
     let mut bytes = Vec::new();
+    // It may grow, or not know its length.
     fs::File::open(path)
         .and_then(|file| file.take(limit + 1).read_to_end(&mut bytes))
         .map_err(|error| unreadable(&error))?;
     if bytes.len() as u64 > limit {
-        return Err(Fault::new(
-            &name,
-            format_args!("at most {limit} bytes of JSON"),
-            format_args!("{} bytes", metadata.len()),
-            "check that it is the file it is named after",
-        ));
+        return Err(too_long(bytes.len() as u64));
     }
     String::from_utf8(bytes).map(Some).map_err(|error| {
         Fault::new(

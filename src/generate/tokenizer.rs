@@ -24,10 +24,15 @@ impl Tokenizer {
             text.ok_or_else(|| Fault::new("tokenizer.json", "a tokenizer", "no file", remedy))
         });
         let text = text.map_err(|fault| Error::model(dir.display(), fault))?;
-        let inner = tokenizers::Tokenizer::from_bytes(text).map_err(|error| {
+        let refused = |error: tokenizers::Error| {
             let fault = Fault::new("tokenizer.json", "a tokenizer", one_line(&*error), remedy);
             Error::model(dir.display(), fault)
-        })?;
+        };
+        let mut inner = tokenizers::Tokenizer::from_bytes(text).map_err(refused)?;
+        // Left from training, where texts are cut and filled up to one length. As in
+        // transformers, a prompt is neither.
+        inner.with_truncation(None).map_err(refused)?;
+        inner.with_padding(None);
         Ok(Self { path, inner })
     }
 
