@@ -133,7 +133,10 @@ impl fmt::Display for Fault {
     }
 }
 
-/// All that is wrong with one subject, reported together.
+/// Lines of a message; a model that lacks all of its weights has tens of thousands.
+const MAX_LINES: usize = 64;
+
+/// All that is wrong with one subject, reported together; as text, the first of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Faults {
     /// The file or directory concerned.
@@ -158,7 +161,14 @@ impl fmt::Display for Faults {
             [only] => write!(f, "{}: {only}", self.subject),
             list => {
                 write!(f, "{}: {} defects", self.subject, list.len())?;
-                list.iter().try_for_each(|fault| write!(f, "\n  {fault}"))
+                let shown = &list[..list.len().min(MAX_LINES)];
+                shown
+                    .iter()
+                    .try_for_each(|fault| write!(f, "\n  {fault}"))?;
+                match list.len() - shown.len() {
+                    0 => Ok(()),
+                    more => write!(f, "\n  and {more} more"),
+                }
             }
         }
     }

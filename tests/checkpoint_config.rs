@@ -352,10 +352,10 @@ fn text_that_is_no_object_is_refused() {
         &refused(dir.path()),
         &["config.json", "UTF-8", "fetch the file again"],
     );
-    put(dir.path(), "config.json", " ".repeat((1 << 24) + 1));
+    put(dir.path(), "config.json", " ".repeat((1 << 20) + 1));
     says(
         &refused(dir.path()),
-        &["config.json", "at most 16777216 bytes"],
+        &["config.json", "at most 1048576 bytes"],
     );
 }
 

@@ -103,12 +103,12 @@ fn a_file_shorter_than_a_length() {
 
 #[test]
 fn a_huge_header() {
-    for length in [1u64 << 60, u64::MAX, 100_000_001] {
+    for length in [1u64 << 60, u64::MAX, 100_000_000, (1 << 22) + 1] {
         let mut bytes = length.to_le_bytes().to_vec();
         bytes.extend_from_slice(b"{}");
         let parts = [
             WEIGHTS,
-            "header of at most 100000000",
+            "header of at most 4194304",
             &length.to_string(),
             "fetch",
         ];
@@ -118,12 +118,12 @@ fn a_huge_header() {
 
 #[test]
 fn a_header_longer_than_the_file() {
-    let mut bytes = 99_999_999u64.to_le_bytes().to_vec();
+    let mut bytes = 4_194_304u64.to_le_bytes().to_vec();
     bytes.extend_from_slice(b"{}");
     says(
         &refused_weights(bytes),
         &[
-            "a header of 99999999 bytes",
+            "a header of 4194304 bytes",
             "a file of 10 bytes",
             "incomplete",
         ],
@@ -421,15 +421,20 @@ fn a_tied_head_that_differs_from_the_embedding_is_not_guessed_about() {
     );
 }
 
-/// 4096 layers asked of a file that has none: every tensor is named, and quickly.
+/// 4096 layers asked of a file that has none: every tensor is in the error, and quickly; its
+/// text names the first, and counts the rest.
 #[test]
 fn a_config_far_larger_than_its_weights() {
     let mut model = Model::small();
     model.config["num_hidden_layers"] = 4096.into();
     model.config["vocab_size"] = (1 << 24).into();
-    let text = refused(model.write().path());
-    says(
-        &text,
-        &["model.layers.4095.mlp.down_proj.weight", "[16777216, 8]"],
-    );
+    let Err(ringtp::Error::Model(faults)) = Checkpoint::open(model.write().path()) else {
+        panic!("refused");
+    };
+    let last = "model.layers.4095.mlp.down_proj.weight";
+    assert!(faults.list.iter().any(|fault| fault.what == last));
+    let text = faults.to_string();
+    says(&text, &["defects", "[16777216, 8]"]);
+    let more = format!("and {} more", faults.list.len() - 64);
+    assert_eq!(text.lines().last().map(str::trim), Some(more.as_str()));
 }

@@ -147,6 +147,13 @@ fn settings_out_of_range() {
         ("--max-tokens", "0", "max_tokens"),
         ("--max-batch-tokens", "0", "max_batch_tokens"),
         ("--threads", "0", "threads"),
+        ("--threads", "4097", "threads"),
+        ("--threads", "18446744073709551615", "1 to 4096"),
+        ("--tp", "-1", "--tp"),
+        ("--seed", "-1", "--seed"),
+        ("--stop-id", "-1", "--stop-id"),
+        ("--max-tokens", "-1", "--max-tokens"),
+        ("--deadline", "-1", "--deadline"),
         ("--top-k", "-1", "--top-k"),
         ("--top-k", "many", "--top-k"),
         ("--stop", "", "stop"),
@@ -158,6 +165,16 @@ fn settings_out_of_range() {
     ] {
         refused(&ids(&model, &["--ids", "1", name, value]), &[word]);
     }
+    let ran = ids(&model, &["--ids", "1", "--all-reduce", "nonsense"]);
+    refused(&ran, &["all_reduce", "one of auto", "found \"nonsense\""]);
+    assert_eq!(
+        ran.stderr.matches("all_reduce").count(),
+        1,
+        "{}",
+        ran.stderr
+    );
+    // There is no message that the template could be for.
+    refused(&ids(&model, &["--ids", "1", "--chat"]), &["--prompt"]);
     refused(
         &ids(&model, &["--ids", "1", "--no-such-option"]),
         &["--no-such-option"],
@@ -296,6 +313,65 @@ fn a_huge_header() {
     }
 }
 
+/// Valid JSON that would take the parser seconds and gigabytes.
+#[test]
+fn a_header_and_an_index_of_millions_of_entries() {
+    let entries: Vec<_> = (0..1_200_000)
+        .map(|i| format!(r#""{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}"#))
+        .collect();
+    let header = format!("{{{}}}", entries.join(","));
+    let model = Model::new().with_bytes(|bytes| {
+        *bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+    });
+    unusable(&model, &["model.safetensors", "header of at most"]);
+    let model = Model::new();
+    fs::remove_file(model.file("model.safetensors")).expect("removed");
+    let index = model.file("model.safetensors.index.json");
+    let entries = |range: std::ops::Range<u32>| {
+        let entries: Vec<_> = range.map(|i| format!("\"{i}\":3")).collect();
+        format!("{{\"weight_map\":{{{}}}}}", entries.join(","))
+    };
+    fs::write(&index, entries(0..2_000_000)).expect("written");
+    unusable(&model, &["index.json", "at most"]);
+    fs::write(&index, entries(0..100_000)).expect("written");
+    unusable(&model, &["weight_map.0", "16 defects"]);
+}
+
+#[test]
+fn a_list_of_bad_ids_is_one_defect() {
+    let model = Model::new().with_config("eos_token_id", json!(vec![-1; 100_000]));
+    unusable(&model, &["eos_token_id", "-1"]);
+    assert_eq!(ids(&model, &["--ids", "1"]).stderr.lines().count(), 1);
+}
+
+/// Opening a pipe waits for its writer, and a device may have no end.
+#[test]
+fn pipes_and_devices_in_place_of_the_files_of_text() {
+    for name in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ] {
+        let model = Model::new().with_tokenizer();
+        let path = model.file(name);
+        let _ = fs::remove_file(&path);
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.expect("mkfifo").success());
+        let chat = ["--prompt", "a", "--chat"];
+        let args = if name == "tokenizer.json" {
+            &chat[..2]
+        } else {
+            &chat[..]
+        };
+        refused(&ids(&model, args), &[name, "not a file"]);
+        fs::remove_file(&path).expect("removed");
+        std::os::unix::fs::symlink("/dev/zero", &path).expect("linked");
+        refused(&ids(&model, args), &[name, "not a file"]);
+    }
+}
+
 #[test]
 fn overlapping_and_out_of_range_offsets() {
     let overlapping = Model::new().with_header(|header| {
@@ -321,4 +397,33 @@ fn a_file_that_cannot_be_written() {
     let directory = model.path().to_str().expect("UTF-8");
     refused(&logits(directory), &["a directory", "name a file"]);
     refused(&logits(""), &["--out"]);
+}
+
+/// NaN and inf in the weights, in the embedding of id 5 alone: the error comes when it is asked
+/// for, with exit code 1, and counts prompts as the command line does, however they are batched.
+#[test]
+fn weights_that_are_no_numbers() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let model = Model::new().with_bytes(|bytes| {
+            let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+            let header: serde_json::Value =
+                serde_json::from_slice(&bytes[8..8 + length]).expect("a header");
+            let start = header["model.embed_tokens.weight"]["data_offsets"][0].as_u64();
+            let at = 8 + length + start.expect("an offset") as usize + 5 * 32 * 4;
+            bytes[at..at + 4].copy_from_slice(&bad.to_le_bytes());
+        });
+        for tp in ["1", "2"] {
+            for rows in ["512", "2"] {
+                let args = ["--ids", "1,2", "--ids", "3,5", "--max-batch-tokens", rows];
+                let more = ["--max-tokens", "1", "--tp", tp, "--json"];
+                let ran = ids(&model, &[&args[..], &more[..]].concat());
+                assert_eq!(ran.code, 1, "{}", ran.stderr);
+                let expected = "error: logits of row 1: expected finite numbers";
+                assert!(ran.stderr.starts_with(expected), "{}", ran.stderr);
+                assert!(ran.stderr.contains("look for broken weights"));
+            }
+        }
+        let ran = ids(&model, &["--ids", "1,2", "--max-tokens", "1"]);
+        assert_eq!(ran.code, 0, "other ids do not suffer: {}", ran.stderr);
+    }
 }

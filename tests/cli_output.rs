@@ -296,3 +296,57 @@ fn a_reader_that_goes_away_ends_it_quietly() {
     );
     assert_eq!(output.status.code(), Some(0));
 }
+
+/// Results go where the name leads: a link stays a link, and what is no regular file is written
+/// to, never replaced (it may be /dev/null).
+#[test]
+fn logits_leave_links_and_pipes_in_place() {
+    let model = Model::new();
+    let logits = |out: &str| {
+        let path = model.file(out);
+        let path = path.to_str().expect("UTF-8");
+        ringtp("logits", model.path(), &["--ids", "1,2", "--out", path])
+    };
+    done(&logits("plain"));
+    let expected = fs::read(model.file("plain")).expect("read");
+
+    fs::write(model.file("target"), "old").expect("written");
+    std::os::unix::fs::symlink("target", model.file("link")).expect("linked");
+    done(&logits("link"));
+    let link = fs::symlink_metadata(model.file("link")).expect("there");
+    assert!(link.is_symlink());
+    assert_eq!(fs::read(model.file("target")).expect("read"), expected);
+
+    let pipe = model.file("pipe");
+    let made = Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.expect("mkfifo").success());
+    let reader = Command::new("cat")
+        .arg(&pipe)
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("cat");
+    let ran = logits("pipe");
+    let read = reader.wait_with_output().expect("cat ends").stdout;
+    done(&ran);
+    assert_eq!(read, expected);
+    // A name as long as a name may be.
+    done(&logits(&"n".repeat(255)));
+    let names = fs::read_dir(model.path()).expect("a directory");
+    let left = names.filter(|name| {
+        let name = name.as_ref().expect("an entry").file_name();
+        name.to_string_lossy().ends_with(".tmp")
+    });
+    assert_eq!(left.count(), 0, "temporary files are gone");
+}
+
+/// `eprintln!` would panic, with exit code 101.
+#[test]
+fn an_error_that_cannot_be_told_still_has_its_exit_code() {
+    let full = fs::OpenOptions::new().write(true).open("/dev/full");
+    let status = Command::new(env!("CARGO_BIN_EXE_ringtp"))
+        .args(["shards", "--model", "/no/such/model"])
+        .stderr(full.expect("/dev/full"))
+        .status()
+        .expect("ringtp starts");
+    assert_eq!(status.code(), Some(2));
+}

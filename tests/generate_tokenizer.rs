@@ -75,3 +75,29 @@ fn chats_become_the_same_prompts_and_ids() {
         assert_eq!(encoded, ids(&case["ids"]));
     }
 }
+
+/// A tokenizer saved after training may say that texts are cut and filled up; prompts are not.
+#[test]
+fn settings_of_truncation_and_padding_do_not_touch_a_prompt() {
+    let (dir, golden) = fixture();
+    let file = fs::read_to_string(dir.join("tokenizer.json")).expect("the fixture");
+    let mut json: Value = serde_json::from_str(&file).expect("JSON");
+    json["truncation"] = serde_json::json!({
+        "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0,
+    });
+    json["padding"] = serde_json::json!({
+        "strategy": {"Fixed": 200}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "!",
+    });
+    let changed = tempfile::tempdir().expect("a directory");
+    fs::write(changed.path().join("tokenizer.json"), json.to_string()).expect("written");
+    let tokenizer = Tokenizer::open(changed.path()).expect("a tokenizer");
+    let plain = Tokenizer::open(dir).expect("a tokenizer");
+    let mut longest = 0;
+    for case in list(&golden, "encode") {
+        let encoded = tokenizer.encode(text(case, "text")).expect("encoded");
+        assert_eq!(encoded, plain.encode(text(case, "text")).expect("encoded"));
+        longest = longest.max(encoded.len());
+    }
+    assert!((4..200).contains(&longest), "{longest}: both would show");
+}

@@ -12,7 +12,7 @@ use crate::error::{Error, Fault, Faults, Result};
 use crate::shard::Dims;
 
 /// A configuration of more bytes is not one.
-pub(super) const MAX_BYTES: u64 = 1 << 24;
+pub(super) const MAX_BYTES: u64 = 1 << 20;
 /// More heads, or elements of a head, are taken for damage.
 const MAX_HEADS: usize = 1 << 16;
 /// More layers are taken for damage.

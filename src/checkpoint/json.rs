@@ -14,7 +14,7 @@ use crate::error::Fault;
 pub(super) const MAX_SIZE: usize = 1 << 24;
 
 /// The text of file `path`, `None` where there is no such file.
-pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, Fault> {
+pub(crate) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, Fault> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let unreadable = |found: &dyn fmt::Display| {
         Fault::new(
@@ -33,17 +33,24 @@ pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, Fault
     if !metadata.is_file() {
         return Err(unreadable(&"something that is not a file"));
     }
+    let too_long = |length: u64| {
+        Fault::new(
+            &name,
+            format_args!("at most {limit} bytes"),
+            format_args!("{length} bytes"),
+            "check that it is the file it is named after",
+        )
+    };
+    if metadata.len() > limit {
+        return Err(too_long(metadata.len()));
+    }
     let mut bytes = Vec::new();
+    // It may grow, or not know its length.
     fs::File::open(path)
         .and_then(|file| file.take(limit + 1).read_to_end(&mut bytes))
         .map_err(|error| unreadable(&error))?;
     if bytes.len() as u64 > limit {
-        return Err(Fault::new(
-            &name,
-            format_args!("at most {limit} bytes of JSON"),
-            format_args!("{} bytes", metadata.len()),
-            "check that it is the file it is named after",
-        ));
+        return Err(too_long(bytes.len() as u64));
     }
     String::from_utf8(bytes).map(Some).map_err(|error| {
         Fault::new(
@@ -234,12 +241,12 @@ impl<'a> Fields<'a> {
         for value in list {
             match value.as_u64().filter(|&id| id < bound) {
                 Some(id) => ids.push(id as u32),
-                None => self.fault(
-                    name,
-                    format_args!("token ids from 0 to {}", bound - 1),
-                    brief(value),
-                    "name ids of the vocabulary",
-                ),
+                None => {
+                    let expected = format!("token ids from 0 to {}", bound - 1);
+                    self.fault(name, expected, brief(value), "name ids of the vocabulary");
+                    // A list may be long; its first defect says what is wrong with it.
+                    break;
+                }
             }
         }
         Some(ids)

@@ -14,6 +14,8 @@ mod open;
 mod rope;
 mod weights;
 
+pub(crate) use json::read_text;
+
 pub use config::{LlamaConfig, RopeConfig, RopeScaling};
 pub use generation::GenerationConfig;
 pub use open::Checkpoint;

@@ -18,7 +18,9 @@ use crate::error::Fault;
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// An index of more bytes is not one.
-const MAX_INDEX_BYTES: u64 = 1 << 26;
+const MAX_INDEX_BYTES: u64 = 1 << 23;
+/// An index with more bad entries is bad as a whole.
+const MAX_ENTRY_FAULTS: usize = 16;
 /// Room for the handles of as many files; the largest models have some 200.
 const MAX_FILES: usize = 4096;
 
@@ -136,6 +138,9 @@ impl Weights {
             Ok(map) => map,
             Err(fault) => return faults.push(fault),
         };
+        if let Some(fault) = diagnosis::huge_header(name, &map) {
+            return faults.push(fault);
+        }
         let (header, metadata) = match SafeTensors::read_metadata(&map) {
             Ok(parsed) => parsed,
             Err(error) => return faults.extend(diagnosis::faults(name, &map, &error)),
@@ -202,6 +207,9 @@ fn weight_map(text: &str, faults: &mut Vec<Fault>) -> Option<BTreeMap<String, St
         Ok(index) => match index.get("weight_map") {
             Some(Value::Object(entries)) => {
                 for (name, file) in entries {
+                    if faults.len() - before == MAX_ENTRY_FAULTS {
+                        break;
+                    }
                     match file.as_str().filter(|file| is_plain(file)) {
                         Some(file) => {
                             map.insert(name.clone(), file.to_string());

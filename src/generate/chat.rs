@@ -9,7 +9,14 @@ use minijinja::{Environment, ErrorKind, context};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter};
 
+use crate::checkpoint::read_text;
 use crate::error::{Error, Fault, Result};
+
+/// A template, or the tokenizer's configuration with it, of more bytes is not one.
+const MAX_BYTES: u64 = 1 << 24;
+
+/// Texts of more bytes are no prompts: the longest contexts have some four megabytes.
+const MAX_RENDERED: usize = 1 << 24;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -131,7 +138,16 @@ impl ChatTemplate {
                 documents => (),
             })
         });
-        rendered.map_err(|error| self.fault("a template for these messages", &error))
+        let text = rendered.map_err(|error| self.fault("a template for these messages", &error))?;
+        if text.len() > MAX_RENDERED {
+            return Err(Error::input(
+                &self.source,
+                format_args!("a template that makes at most {MAX_RENDERED} bytes"),
+                text.len(),
+                "mend the template or shorten the messages",
+            ));
+        }
+        Ok(text)
     }
 
     fn fault(&self, expected: &str, error: &minijinja::Error) -> Error {
@@ -149,12 +165,7 @@ impl ChatTemplate {
 }
 
 fn read(dir: &Path, name: &str) -> Result<Option<String>> {
-    let path = dir.join(name);
-    match std::fs::read_to_string(&path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io(&path, "read", &error)),
-    }
+    read_text(&dir.join(name), MAX_BYTES).map_err(|fault| Error::model(dir.display(), fault))
 }
 
 fn read_json(dir: &Path, name: &str) -> Result<Option<serde_json::Value>> {
@@ -381,6 +392,9 @@ mod tests {
         let endless =
             "{% for i in range(100000) %}{% for i in range(100000) %}{% endfor %}{% endfor %}";
         assert!(render(endless, &[]).is_err());
+        let flood = "{{ 'ab'.replace('a', 'b' * 9000).replace('b', 'b' * 9000) }}";
+        let error = render(flood, &[]).unwrap_err().to_string();
+        assert!(error.contains("at most 16777216 bytes"), "{error}");
     }
 
     #[test]

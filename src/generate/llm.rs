@@ -110,7 +110,6 @@ impl LlmBuilder {
         config.dims.check_tp(self.group.tp)?;
         for (what, value) in [
             ("max_batch_tokens", Some(self.max_batch_tokens)),
-            ("threads", self.group.threads),
             ("num_blocks", self.group.num_blocks),
         ] {
             if value == Some(0) {
@@ -313,7 +312,8 @@ impl Llm {
     ///
     /// Bad input (an empty prompt, ids outside the vocabulary, a prompt longer than the
     /// context, parameters out of range) is an error before any work, which names the prompt
-    /// by its index. If a rank fails, the error says which and why; [`rebuild`](Self::rebuild)
+    /// by its index; so does one of logits that no token can be chosen from, which calls it a
+    /// row. If a rank fails, the error says which and why; [`rebuild`](Self::rebuild)
     /// makes the model usable again.
     pub fn generate<P: Into<Prompt> + Clone>(
         &mut self,

@@ -10,6 +10,7 @@ use super::scheduler::Scheduler;
 use super::stop::StopFilter;
 use super::tokenizer::{TextStream, Tokenizer};
 use crate::error::{Error, Result};
+use crate::llama::sampling::SamplingError;
 
 /// A request in the model's terms.
 #[derive(Clone, Debug)]
@@ -51,7 +52,8 @@ pub fn run<E: Engine>(
             ));
         }
         let start = Instant::now();
-        let tokens = engine.step(&step.batch, &step.sample)?;
+        let tokens = engine.step(&step.batch, &step.sample);
+        let tokens = tokens.map_err(|error| of_request(error, &step.requests))?;
         account(
             &mut timing,
             start.elapsed(),
@@ -69,6 +71,21 @@ pub fn run<E: Engine>(
     timing.preemptions = scheduler.preemptions();
     let completions = outputs.into_iter().map(|output| output.completion);
     Ok((completions.collect(), timing))
+}
+
+/// `error` of a step, with the number of the request where it has that of a row.
+fn of_request(error: Error, requests: &[usize]) -> Error {
+    let name = |row: usize| requests.get(row).copied().unwrap_or(row);
+    match error {
+        Error::Sampling(SamplingError::NotANumber { row, count }) => {
+            let row = name(row);
+            SamplingError::NotANumber { row, count }.into()
+        }
+        Error::Sampling(SamplingError::NoCandidate { row }) => {
+            SamplingError::NoCandidate { row: name(row) }.into()
+        }
+        other => other,
+    }
 }
 
 fn account(timing: &mut Timing, elapsed: Duration, prefill: usize, decode: usize) {

@@ -2,7 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::checkpoint::read_text;
 use crate::error::{Error, Fault, Result};
+
+/// The largest tokenizers have half of it.
+const MAX_BYTES: u64 = 1 << 26;
 
 /// A Hugging Face tokenizer.
 #[derive(Clone, Debug)]
@@ -16,18 +20,19 @@ impl Tokenizer {
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let remedy = "put the model's tokenizer.json there, or pass token ids (--ids)";
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let fault = Fault::new("tokenizer.json", "a tokenizer", "no file", remedy);
-                return Err(Error::model(dir.display(), fault));
-            }
-            Err(error) => return Err(Error::io(&path, "read", &error)),
-        };
-        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| {
+        let text = read_text(&path, MAX_BYTES).and_then(|text| {
+            text.ok_or_else(|| Fault::new("tokenizer.json", "a tokenizer", "no file", remedy))
+        });
+        let text = text.map_err(|fault| Error::model(dir.display(), fault))?;
+        let refused = |error: tokenizers::Error| {
             let fault = Fault::new("tokenizer.json", "a tokenizer", one_line(&*error), remedy);
             Error::model(dir.display(), fault)
-        })?;
+        };
+        let mut inner = tokenizers::Tokenizer::from_bytes(text).map_err(refused)?;
+        // Left from training, where texts are cut and filled up to one length. As in
+        // transformers, a prompt is neither.
+        inner.with_truncation(None).map_err(refused)?;
+        inner.with_padding(None);
         Ok(Self { path, inner })
     }
 
@@ -76,7 +81,7 @@ const MOST_WAITING: usize = 8;
 
 /// Turns ids into text one by one. The pieces, put together, are the text.
 ///
-/// Bytes that are no whole character yet wait, for `MOST_WAITING` tokens at most.
+/// Bytes that are no whole character yet wait, for eight tokens at most.
 #[derive(Clone, Debug)]
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,

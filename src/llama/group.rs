@@ -13,6 +13,9 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layers::Partition;
 
+/// More threads than any machine has cores are a mistake, and starting them would take long.
+const MAX_THREADS: usize = 4096;
+
 /// Told the bytes of each weight as a rank is done with it.
 pub type Progress = Arc<dyn Fn(usize) + Send + Sync>;
 
@@ -342,10 +345,16 @@ impl Group {
     }
 
     fn communicators(&self) -> Result<Vec<TensorComm>> {
-        let algorithm = comm::by_name(self.options.all_reduce.as_deref().unwrap_or("auto"))
-            .map_err(|error| {
-                Error::input("all_reduce", "a known algorithm", error, "name one of them")
-            })?;
+        let name = self.options.all_reduce.as_deref().unwrap_or("auto");
+        let algorithm = comm::by_name(name).map_err(|_| {
+            let names: Vec<_> = comm::ALL.iter().map(|known| known.name()).collect();
+            Error::input(
+                "all_reduce",
+                format_args!("one of {}", names.join(", ")),
+                format_args!("{name:?}"),
+                "name one of these, or leave it out",
+            )
+        })?;
         let options = comm::GroupOptions {
             deadline: self.options.deadline,
             ..Default::default()
@@ -438,6 +447,16 @@ fn limits(checkpoint: &Checkpoint, options: &GroupOptions) -> Result<Limits> {
             format_args!("1 to {context}, the context of the model"),
             max_model_len,
             "choose a shorter one",
+        ));
+    }
+    if let Some(threads) = options.threads
+        && !(1..=MAX_THREADS).contains(&threads)
+    {
+        return Err(Error::input(
+            "threads",
+            format_args!("1 to {MAX_THREADS}"),
+            threads,
+            "choose about as many as there are cores, or leave it out",
         ));
     }
     let block_size = options.block_size;

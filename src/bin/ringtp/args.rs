@@ -62,6 +62,7 @@ pub(crate) struct GenerateArgs {
     /// The most rows computed in one step; longer prompts are computed in chunks
     #[arg(
         long,
+        allow_negative_numbers = true,
         value_name = "N",
         default_value_t = 512,
         help_heading = "Execution"
@@ -80,6 +81,7 @@ pub(crate) struct ModelArgs {
     /// The number of ranks; where it is impossible, the error lists the possible ones
     #[arg(
         long,
+        allow_negative_numbers = true,
         value_name = "N",
         default_value_t = 1,
         help_heading = "Execution"
@@ -94,10 +96,20 @@ pub(crate) struct ModelArgs {
     )]
     pub(crate) dtype: Storage,
     /// The threads of all ranks together [default: one a core]
-    #[arg(long, value_name = "N", help_heading = "Execution")]
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "N",
+        help_heading = "Execution"
+    )]
     pub(crate) threads: Option<usize>,
     /// A context shorter than the model's, in tokens: a smaller KV cache
-    #[arg(long, value_name = "N", help_heading = "Execution")]
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "N",
+        help_heading = "Execution"
+    )]
     pub(crate) max_model_len: Option<usize>,
     /// The all-reduce between the ranks, by name [default: chosen by size]
     #[arg(long, value_name = "NAME", help_heading = "Execution")]
@@ -109,7 +121,7 @@ pub(crate) struct ModelArgs {
     #[arg(long, help_heading = "Execution")]
     pub(crate) sequence_parallel: bool,
     /// How many seconds a rank waits for another before all give up [default: the library's]
-    #[arg(long, value_name = "SECONDS", value_parser = deadline, help_heading = "Execution")]
+    #[arg(long, allow_negative_numbers = true, value_name = "SECONDS", value_parser = deadline, help_heading = "Execution")]
     pub(crate) deadline: Option<Duration>,
 }
 
@@ -149,7 +161,7 @@ pub(crate) struct PromptArgs {
     )]
     ids: Vec<Ids>,
     /// Take each --prompt as a user's message and apply the model's chat template
-    #[arg(long, help_heading = "Prompts")]
+    #[arg(long, requires = "prompt", help_heading = "Prompts")]
     chat: bool,
     /// A system message before the user's; with --chat
     #[arg(
@@ -188,6 +200,7 @@ pub(crate) struct SamplingArgs {
     /// The most tokens to generate for each prompt
     #[arg(
         long,
+        allow_negative_numbers = true,
         value_name = "N",
         default_value_t = 128,
         help_heading = "Sampling"
@@ -234,7 +247,12 @@ pub(crate) struct SamplingArgs {
     )]
     repetition_penalty: Option<f32>,
     /// The key of the random numbers: the same seed gives the same tokens [default: drawn]
-    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "N",
+        help_heading = "Sampling"
+    )]
     seed: Option<u64>,
     /// A text that ends the completion, not printed; may be given several times
     #[arg(
@@ -245,7 +263,12 @@ pub(crate) struct SamplingArgs {
     )]
     stop: Vec<String>,
     /// A token id that ends the completion; may be given several times
-    #[arg(long, value_name = "ID", help_heading = "Sampling")]
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "ID",
+        help_heading = "Sampling"
+    )]
     stop_id: Vec<u32>,
     /// Go on after the model's end-of-text ids, up to --max-tokens
     #[arg(long, help_heading = "Sampling")]
@@ -288,6 +311,7 @@ pub(crate) struct LogitsArgs {
     /// The most ids computed in one step
     #[arg(
         long,
+        allow_negative_numbers = true,
         value_name = "N",
         default_value_t = 512,
         help_heading = "Execution"
@@ -310,7 +334,12 @@ pub(crate) struct ShardsArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
     /// The number of ranks; where it is impossible, the error lists the possible ones
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "N",
+        default_value_t = 1
+    )]
     pub(crate) tp: usize,
     /// How weights are stored: decides the bytes; auto is as in the checkpoint
     #[arg(long, value_name = "TYPE", default_value = "auto")]

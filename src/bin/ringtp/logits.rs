@@ -103,23 +103,24 @@ fn header(rows: usize, cols: usize) -> Vec<u8> {
     bytes
 }
 
-/// A file that appears under its name when it is whole, and not at all before.
+/// A file that appears under its name when it is whole, and not at all before. A symbolic link
+/// stays one. What is no regular file (a pipe, /dev/null) is written to, not replaced.
 struct WholeFile {
     path: PathBuf,
-    temporary: PathBuf,
+    temporary: Option<PathBuf>,
     writer: Option<BufWriter<File>>,
 }
 
 impl WholeFile {
     fn create(path: &Path) -> ringtp::Result<Self> {
-        let Some(name) = path.file_name() else {
+        if path.file_name().is_none() {
             return Err(Error::input(
                 "--out",
                 "the name of a file",
                 format_args!("{:?}", path.display().to_string()),
                 "name a file to write",
             ));
-        };
+        }
         if path.is_dir() {
             return Err(Error::input(
                 format_args!("--out {}", path.display()),
@@ -128,13 +129,16 @@ impl WholeFile {
                 "name a file in it",
             ));
         }
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}.tmp", std::process::id()));
-        let temporary = path.with_file_name(hidden);
-        let file = File::create(&temporary).map_err(|error| Error::io(path, "write", &error))?;
+        let direct = fs::metadata(path).is_ok_and(|metadata| !metadata.is_file());
+        let target = fs::canonicalize(path).unwrap_or_else(|_| path.into());
+        let temporary = match direct {
+            true => None,
+            false => Some(target.with_file_name(format!(".ringtp-{}.tmp", std::process::id()))),
+        };
+        let file = File::create(temporary.as_ref().unwrap_or(&target))
+            .map_err(|error| Error::io(path, "write", &error))?;
         Ok(Self {
-            path: path.into(),
+            path: target,
             temporary,
             writer: Some(BufWriter::new(file)),
         })
@@ -156,19 +160,30 @@ impl WholeFile {
         let closed = writer.into_inner().map_err(|error| error.into_error());
         let renamed = closed.and_then(|file| {
             drop(file);
-            fs::rename(&self.temporary, &self.path)
+            match &self.temporary {
+                Some(temporary) => fs::rename(temporary, &self.path),
+                None => Ok(()),
+            }
         });
         renamed.map_err(|error| {
-            let _ = fs::remove_file(&self.temporary);
+            self.discard();
             Error::io(&self.path, "write", &error)
         })
+    }
+}
+
+impl WholeFile {
+    fn discard(&self) {
+        if let Some(temporary) = &self.temporary {
+            let _ = fs::remove_file(temporary);
+        }
     }
 }
 
 impl Drop for WholeFile {
     fn drop(&mut self) {
         if self.writer.take().is_some() {
-            let _ = fs::remove_file(&self.temporary);
+            self.discard();
         }
     }
 }

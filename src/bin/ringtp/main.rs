@@ -9,7 +9,7 @@ mod logits;
 mod progress;
 mod shards;
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
@@ -36,6 +36,12 @@ impl From<std::io::Error> for Failure {
     }
 }
 
+/// Writes an error to standard error. Where that cannot be written (`eprintln!` would panic),
+/// the exit code still tells.
+fn tell(error: &dyn std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "error: {error}");
+}
+
 fn main() -> ExitCode {
     // Usage errors are clap's: a line on standard error, exit code 2.
     let matches = Cli::command().get_matches();
@@ -52,11 +58,13 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Output(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(Failure::Output(error)) => {
-            eprintln!("error: standard output: {error}; free some space or redirect it");
+            tell(&format!(
+                "standard output: {error}; free some space or redirect it"
+            ));
             ExitCode::from(1)
         }
         Err(Failure::Ringtp(error)) => {
-            eprintln!("error: {error}");
+            tell(&error);
             ExitCode::from(if error.is_input() { 2 } else { 1 })
         }
     }

@@ -1,5 +1,6 @@
 //! `ringtp shards`.
 
+use std::collections::HashMap;
 use std::io::{Write, stdout};
 use std::ops::Range;
 
@@ -26,11 +27,20 @@ pub(crate) fn shards(args: &ShardsArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The layers whose biases are split as their weights are.
+const COLUMNS: [&str; 5] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+];
+
 /// Checks that the slices of all ranks make up the tensors of the checkpoint, and that every
 /// rank's slices fit each other.
 fn check(plan: &ShardPlan, checkpoint: &Checkpoint) -> ringtp::Result<()> {
+    agree(plan.dims(), plan.tensors())?;
     for tensor in plan.tensors() {
-        tiles(tensor)?;
         for rank in 0..plan.tp() {
             let part = checkpoint.shard(tensor, rank)?;
             let elements = part.rows() * part.cols();
@@ -39,16 +49,30 @@ fn check(plan: &ShardPlan, checkpoint: &Checkpoint) -> ringtp::Result<()> {
             }
         }
     }
-    let find = |name: &str| plan.tensors().iter().find(|tensor| tensor.name == name);
-    for layer in 0..plan.dims().num_hidden_layers {
+    Ok(())
+}
+
+/// Checks the slices against each other: each tensor is covered, and what one product puts out
+/// the next one takes in.
+fn agree(dims: &Dims, tensors: &[TensorPlan]) -> ringtp::Result<()> {
+    tensors.iter().try_for_each(tiles)?;
+    let by_name: HashMap<&str, &TensorPlan> = tensors
+        .iter()
+        .map(|tensor| (tensor.name.as_str(), tensor))
+        .collect();
+    let find = |name: &str| by_name.get(name).copied();
+    for layer in 0..dims.num_hidden_layers {
         let part = |name: &str| find(&format!("model.layers.{layer}.{name}.weight"));
-        // What one product puts out, the next one takes in.
+        for column in COLUMNS {
+            let bias = find(&format!("model.layers.{layer}.{column}.bias"));
+            same(part(column), bias)?;
+        }
         same(part("self_attn.q_proj"), part("self_attn.o_proj"))?;
         same(part("self_attn.k_proj"), part("self_attn.v_proj"))?;
         same(part("mlp.gate_proj"), part("mlp.up_proj"))?;
         same(part("mlp.gate_proj"), part("mlp.down_proj"))?;
         if let (Some(q), Some(k)) = (part("self_attn.q_proj"), part("self_attn.k_proj")) {
-            heads(plan.dims(), q, k)?;
+            heads(dims, q, k)?;
         }
     }
     if let Some(head) = find("lm_head.weight") {
@@ -200,4 +224,57 @@ fn table(plan: &ShardPlan, dtype: DType) -> String {
         plan.tp()
     ));
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIMS: Dims = Dims {
+        hidden_size: 32,
+        intermediate_size: 40,
+        num_hidden_layers: 2,
+        num_attention_heads: 12,
+        num_key_value_heads: 4,
+        head_dim: 4,
+        vocab_size: 61,
+        attention_bias: true,
+        mlp_bias: true,
+        tie_word_embeddings: false,
+    };
+
+    #[test]
+    fn right_slices_agree() {
+        for tp in DIMS.valid_tp() {
+            let plan = ShardPlan::new(&DIMS, tp).unwrap();
+            agree(&DIMS, plan.tensors()).unwrap();
+        }
+    }
+
+    /// One slice of one split tensor, moved, shortened, lengthened or swapped with another's.
+    #[test]
+    fn any_wrong_slice_is_found_and_named() {
+        for tp in DIMS.valid_tp().into_iter().filter(|&tp| tp > 1) {
+            let plan = ShardPlan::new(&DIMS, tp).unwrap();
+            let split = plan.tensors().iter().enumerate();
+            for (index, tensor) in split.filter(|(_, tensor)| tensor.dim.is_some()) {
+                let right = tensor.ranges[tp - 1].clone();
+                let moved = right.start + 1..right.end + 1;
+                let short = right.start..right.end - 1;
+                let long = right.start - 1..right.end;
+                for wrong in [moved, short, long, 0..0] {
+                    let mut tensors = plan.tensors().to_vec();
+                    tensors[index].ranges[tp - 1] = wrong.clone();
+                    let error = agree(&DIMS, &tensors).expect_err(&tensor.name).to_string();
+                    assert!(error.contains(" on rank "), "{wrong:?}: {error}");
+                }
+                // Still tiles, but no longer fits the tensors it is multiplied with.
+                if tensor.ranges[0] != right {
+                    let mut tensors = plan.tensors().to_vec();
+                    tensors[index].ranges.swap(0, tp - 1);
+                    assert!(agree(&DIMS, &tensors).is_err(), "tp {tp}: {}", tensor.name);
+                }
+            }
+        }
+    }
 }
