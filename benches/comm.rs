@@ -2,13 +2,16 @@
 //!
 //! `algbw` is message bytes / time; `busbw` is algbw × 2(N-1)/N, what a link carries in the
 //! best algorithm. A row's time is the median over rank 0's calls; the collective itself keeps
-//! the ranks in step. Beside it stands the limit: one
-//! thread's `memcpy` of the same number of bytes in the same run (from and to memory it has
-//! just used), which every rank has to do at least once to send.
+//! the ranks in step. Beside it stands, from the same run, what it cannot do without: `hand-over`,
+//! the time in which two threads that do nothing else pass a message of that size one way, the
+//! one by a `memcpy` and a flag, the other by waiting for the flag and a `memcpy`; half of a
+//! round trip. An all-reduce passes messages both ways, and adds.
 //!
 //! `cargo bench --bench comm [-- RANKS…]`; by default 2 and 4 ranks.
 
+use std::cell::UnsafeCell;
 use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ringtp::comm::{ALL, AllReduce, GroupOptions, run_ranks};
@@ -38,17 +41,17 @@ fn main() -> Result<(), ringtp::Error> {
         let how = if world_size <= cores { "spin" } else { "sleep" };
         println!("\n# all_reduce, f32, {world_size} ranks on {cores} cores: they {how}");
         println!(
-            "{:>10}  {:>9}  {:>10}  {:>8}  {:>8}  {:>10}",
-            "bytes", "algorithm", "time us", "algbw", "busbw", "memcpy us"
+            "{:>10}  {:>9}  {:>10}  {:>8}  {:>8}  {:>12}",
+            "bytes", "algorithm", "time us", "algbw", "busbw", "hand-over us"
         );
         for bytes in SIZES {
-            let limit = memcpy(bytes);
+            let limit = hand_over(bytes);
             for &algorithm in ALL {
                 let time = all_reduce(world_size, algorithm, bytes)?.as_secs_f64();
                 let algbw = bytes as f64 / time / 1e9;
                 let busbw = algbw * 2.0 * (world_size - 1) as f64 / world_size as f64;
                 println!(
-                    "{bytes:>10}  {:>9}  {:>10.2}  {algbw:>8.2}  {busbw:>8.2}  {:>10.2}",
+                    "{bytes:>10}  {:>9}  {:>10.2}  {algbw:>8.2}  {busbw:>8.2}  {:>12.2}",
                     algorithm.name(),
                     time * 1e6,
                     limit.as_secs_f64() * 1e6,
@@ -114,16 +117,58 @@ fn pin(rank: usize, world_size: usize) {
     }
 }
 
-fn memcpy(bytes: usize) -> Duration {
-    let (from, mut to) = (vec![1_u8; bytes], vec![0_u8; bytes]);
-    let mut times: Vec<_> = (0..repetitions(2, bytes))
-        .map(|_| {
+/// A message on its way from one thread to another.
+struct Passage {
+    /// Hand-overs so far, written by the sender.
+    sent: Line,
+    bytes: UnsafeCell<Vec<u8>>,
+}
+
+/// On cache lines of its own.
+#[repr(align(128))]
+struct Line(AtomicUsize);
+
+// SAFETY: `hand_over` has the two threads take turns, ordered by `sent`.
+unsafe impl Sync for Passage {}
+
+fn hand_over(bytes: usize) -> Duration {
+    let passages = [(); 2].map(|()| Passage {
+        sent: Line(AtomicUsize::new(0)),
+        bytes: UnsafeCell::new(vec![1; bytes]),
+    });
+    let rounds = repetitions(2, bytes);
+    let thread = |me: usize| {
+        pin(me, 2);
+        let (out, back) = (&passages[me], &passages[1 - me]);
+        let mut message = vec![me as u8; bytes];
+        let mut times = Vec::new();
+        for round in 1..=rounds {
             let start = Instant::now();
-            black_box(&mut to).copy_from_slice(black_box(&from));
-            start.elapsed()
-        })
-        .collect();
-    median(&mut times)
+            for turn in 0..2 {
+                if turn == me {
+                    // SAFETY: the other thread reads it only once `sent` says so, and has done
+                    // with what was sent before, or it would not have answered.
+                    unsafe { (&mut *out.bytes.get()).copy_from_slice(black_box(&message)) };
+                    out.sent.0.store(round, Ordering::Release);
+                } else {
+                    while back.sent.0.load(Ordering::Acquire) < round {
+                        std::hint::spin_loop();
+                    }
+                    // SAFETY: it has been sent, and is sent again only after an answer.
+                    black_box(&mut message).copy_from_slice(unsafe { &*back.bytes.get() });
+                }
+            }
+            times.push(start.elapsed() / 2);
+        }
+        median(&mut times)
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| thread(1));
+        scope
+            .spawn(|| thread(0))
+            .join()
+            .expect("passing messages does not panic")
+    })
 }
 
 fn median(times: &mut [Duration]) -> Duration {

@@ -25,7 +25,7 @@ use serde_json::{Map, Value, json};
 
 /// Write a random Llama checkpoint (config.json, model.safetensors).
 #[derive(Parser)]
-struct Args {
+pub(crate) struct Args {
     /// The directory to write to; made if it is not there.
     #[arg(long)]
     out: PathBuf,
@@ -83,7 +83,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(args: &Args) -> Result<()> {
     let dims = dims(args)?;
     let plan = ShardPlan::new(&dims, 1)?;
     let header = header(plan.tensors(), args.dtype)?;

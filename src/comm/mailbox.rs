@@ -4,10 +4,15 @@
 //! # The protocol
 //!
 //! Calls are numbered by an *epoch*, from 1, alike on all ranks. Each rank owns one mailbox:
-//! a word `progress` on its own cache line and two *logs*; call `e` uses log `e % 2`. In a
-//! call a rank *publishes* packets: it appends bytes to its log, writes the directory entry,
-//! then stores `progress = e << 16 | packets`. Peers only ever read packets that `progress`
-//! covers. Epochs and packets only grow, so every wait is a `>=` on one 64-bit word.
+//! a word `progress` and two *logs*; call `e` uses log `e % 2`. In a call a rank *publishes*
+//! packets: it appends bytes to its log, writes the directory entry, then stores
+//! `progress = e << 16 | packets`. Peers only ever read packets that `progress` covers. Epochs
+//! and packets only grow, so every wait is a `>=` on one 64-bit word.
+//!
+//! **What a small message costs** is cache lines that travel from core to core, above all one
+//! after another. A reader needs two in turn: `progress`, beside which the first packet's entry
+//! lies, and then the packet's, all at once. What does not change from call to call is not
+//! written again, so that every core keeps its copy.
 //!
 //! **Who writes, who reads.** A mailbox is written by its owner alone: there is one
 //! [`Endpoint`] for it, neither `Clone` nor `Sync`. Everybody reads it.
@@ -118,16 +123,39 @@ struct Entry {
 
 struct Log {
     call: Call,
+    /// Of the packets behind the first.
     directory: Vec<Entry>,
     memory: Memory,
 }
+
+/// What is written at every publication, in one cache line.
+#[derive(Default)]
+#[repr(C, align(64))]
+struct Head {
+    progress: AtomicU64,
+    /// The first packet of each log.
+    first: [Entry; 2],
+}
+
+const _: () = assert!(size_of::<Head>() == 64);
 
 /// One rank's `progress` and logs. Aligned so that a writer's line is no neighbour's line
 /// (two lines, as adjacent ones are fetched in pairs).
 #[repr(align(128))]
 struct Mailbox {
-    progress: Line<AtomicU64>,
+    head: Line<Head>,
     logs: [UnsafeCell<Log>; 2],
+}
+
+impl Mailbox {
+    /// The entry of packet `index` in `log`, that of call `epoch`.
+    #[inline]
+    fn entry<'a>(&'a self, log: &'a Log, epoch: u64, index: usize) -> Option<&'a Entry> {
+        match index.checked_sub(1) {
+            None => Some(&self.head.0.first[(epoch % 2) as usize]),
+            Some(behind) => log.directory.get(behind),
+        }
+    }
 }
 
 /// A value with two cache lines to itself.
@@ -195,7 +223,7 @@ impl Endpoint {
         };
         let boxes: Arc<[Mailbox]> = (0..world_size)
             .map(|_| Mailbox {
-                progress: Line(AtomicU64::new(0)),
+                head: Line(Head::default()),
                 logs: [log(), log()],
             })
             .collect();
@@ -229,7 +257,7 @@ impl Endpoint {
     pub(crate) fn progress(&self, peer: usize, target: u64) -> u64 {
         let seen = &self.seen[peer];
         if seen.get() < target {
-            seen.set(self.boxes[peer].progress.0.load(Ordering::Acquire));
+            seen.set(self.boxes[peer].head.0.progress.load(Ordering::Acquire));
         }
         seen.get()
     }
@@ -276,10 +304,13 @@ impl Endpoint {
             log.memory = Memory::EMPTY;
             log.memory = Memory::new(capacity).ok_or(Refused::Memory)?;
         }
-        if log.directory.len() < packets {
-            log.directory.resize_with(packets, Entry::default);
+        let behind = packets.saturating_sub(1);
+        if log.directory.len() < behind {
+            log.directory.resize_with(behind, Entry::default);
         }
-        log.call = call;
+        if log.call != call {
+            log.call = call;
+        }
         self.epoch = epoch;
         self.published.set(0);
         self.offset.set(0);
@@ -295,8 +326,9 @@ impl Endpoint {
         let first = !self.announced.replace(true);
         if first {
             self.boxes[self.rank]
-                .progress
+                .head
                 .0
+                .progress
                 .store(progress_word(self.epoch, 0), Ordering::Release);
         }
         first
@@ -323,7 +355,8 @@ impl Endpoint {
             .capacity
             .checked_sub(offset)
             .is_some_and(|free| len <= free);
-        let Some(entry) = log.directory.get(index).filter(|_| fits) else {
+        let entry = mailbox.entry(log, self.epoch, index);
+        let Some(entry) = entry.filter(|_| fits) else {
             self.publishing.set(false);
             return Err(Refused::Full.into());
         };
@@ -333,6 +366,7 @@ impl Endpoint {
         let bytes = unsafe {
             std::slice::from_raw_parts_mut(log.memory.start.as_ptr().wrapping_add(offset), len)
         };
+        prefetch_to_write(bytes);
         let filled = fill(bytes);
         self.publishing.set(false);
         filled?;
@@ -344,8 +378,9 @@ impl Endpoint {
         self.announced.set(true);
         // Pairs with the acquire load in `progress`: see the module docs.
         mailbox
-            .progress
+            .head
             .0
+            .progress
             .store(progress_word(self.epoch, index + 1), Ordering::Release);
         Ok(())
     }
@@ -369,9 +404,8 @@ impl Endpoint {
         // finished `enter`; it will not touch what it published before this rank enters the
         // next call, which needs `&mut self` (module docs).
         let log = unsafe { &*self.boxes[peer].logs[(self.epoch % 2) as usize].get() };
-        let Some(entry) = log
-            .directory
-            .get(index)
+        let Some(entry) = self.boxes[peer]
+            .entry(log, self.epoch, index)
             .filter(|entry| entry.epoch.load(Ordering::Relaxed) == self.epoch)
         else {
             return Lookup::Never;
@@ -400,4 +434,26 @@ impl Endpoint {
         let log = unsafe { &*self.boxes[peer].logs[(self.epoch % 2) as usize].get() };
         Some(&log.call)
     }
+}
+
+/// Asks for the cache lines of `bytes`, as many as fit in L1 beside the source, to be written.
+///
+/// Peers have read them, so each store would wait for its line to be taken from them, and few
+/// stores wait at once: an 8 KiB all-reduce over two ranks took 2.4 us instead of 1.8.
+#[inline]
+fn prefetch_to_write(bytes: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes[..bytes.len().min(16 << 10)].chunks(ALIGN) {
+        // SAFETY: a hint, which changes no memory and no register and cannot fault; processors
+        // that do not know it pass over it.
+        unsafe {
+            std::arch::asm!(
+                "prefetchw [{}]",
+                in(reg) line.as_ptr(),
+                options(nostack, preserves_flags)
+            );
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }

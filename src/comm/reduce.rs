@@ -4,8 +4,9 @@
 //! (also one that rounding makes of a tiny negative sum), so that ranks agree bit for bit
 //! whatever the algorithm. NaN stays NaN.
 //!
-//! Plain loops over slices of equal length: the compiler vectorises them. bf16 is converted
-//! by integer arithmetic for that reason, f16 by `half`'s slice conversion, which uses F16C.
+//! Plain loops over slices of equal length: the compiler vectorises them, for each instruction
+//! set by itself ([`with_widest_vectors`]); the bits are the same. bf16 is converted by integer
+//! arithmetic for that reason, f16 by `half`'s slice conversion, which uses F16C.
 
 use bytemuck::Pod;
 use half::slice::HalfFloatSliceExt;
@@ -27,10 +28,12 @@ trait Wide: Pod {
 }
 
 impl Wide for f32 {
+    #[inline(always)]
     fn widen(from: &[Self], to: &mut [f32]) {
         to.copy_from_slice(from);
     }
 
+    #[inline(always)]
     fn narrow(from: &[f32], to: &mut [Self]) {
         for (to, &from) in to.iter_mut().zip(from) {
             // -0 + +0 is +0; anything else stays.
@@ -40,12 +43,14 @@ impl Wide for f32 {
 }
 
 impl Wide for bf16 {
+    #[inline(always)]
     fn widen(from: &[Self], to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(from) {
             *to = f32::from_bits(u32::from(from.to_bits()) << 16);
         }
     }
 
+    #[inline(always)]
     fn narrow(from: &[f32], to: &mut [Self]) {
         for (to, &from) in to.iter_mut().zip(from) {
             let bits = from.to_bits();
@@ -84,11 +89,14 @@ pub fn sum(
     sources: &[&[u8]],
 ) -> Result<(), CommError> {
     check_lengths(wire, out.len(), sources)?;
-    match dtype {
-        DType::F32 => sum_f32(wire, out, sources),
-        DType::Bf16 => sum_wide::<bf16>(wire, out, sources),
-        DType::F16 => sum_wide::<f16>(wire, out, sources),
-    }
+    with_widest_vectors(
+        #[inline(always)]
+        || match dtype {
+            DType::F32 => sum_f32(wire, out, sources),
+            DType::Bf16 => sum_wide::<bf16>(wire, out, sources),
+            DType::F16 => sum_wide::<f16>(wire, out, sources),
+        },
+    )
 }
 
 /// Replaces `data`, source number `position` of the sum, by the sum of it and `others` in
@@ -107,11 +115,14 @@ pub fn sum_in_place(
     if position > others.len() {
         return Err(wire.argument(format!("no position {position} in the sum")));
     }
-    match dtype {
-        DType::F32 => sum_in_place_wide::<f32>(wire, data, position, others),
-        DType::Bf16 => sum_in_place_wide::<bf16>(wire, data, position, others),
-        DType::F16 => sum_in_place_wide::<f16>(wire, data, position, others),
-    }
+    with_widest_vectors(
+        #[inline(always)]
+        || match dtype {
+            DType::F32 => sum_in_place_wide::<f32>(wire, data, position, others),
+            DType::Bf16 => sum_in_place_wide::<bf16>(wire, data, position, others),
+            DType::F16 => sum_in_place_wide::<f16>(wire, data, position, others),
+        },
+    )
 }
 
 fn check_lengths(wire: &Wire<'_>, len: usize, sources: &[&[u8]]) -> Result<(), CommError> {
@@ -124,7 +135,38 @@ fn check_lengths(wire: &Wire<'_>, len: usize, sources: &[&[u8]]) -> Result<(), C
     }
 }
 
+/// Runs `f` as compiled for the widest vectors that this processor has. Only what is inlined
+/// into it, `#[inline(always)]`, is.
+#[inline(always)]
+fn with_widest_vectors<R>(f: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            // SAFETY: the processor has these features.
+            return unsafe { avx512(f) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has this feature.
+            return unsafe { avx2(f) };
+        }
+    }
+    f()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn avx512<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn avx2<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}
+
 /// f32 needs no conversion: straight from the sources.
+#[inline(always)]
 fn sum_f32(wire: &Wire<'_>, out: &mut [u8], sources: &[&[u8]]) -> Result<(), CommError> {
     if let [a, b] = sources {
         let (a, b) = (wire.cast::<f32>(a)?, wire.cast::<f32>(b)?);
@@ -136,6 +178,7 @@ fn sum_f32(wire: &Wire<'_>, out: &mut [u8], sources: &[&[u8]]) -> Result<(), Com
     sum_wide::<f32>(wire, out, sources)
 }
 
+#[inline(always)]
 fn sum_wide<T: Wide>(wire: &Wire<'_>, out: &mut [u8], sources: &[&[u8]]) -> Result<(), CommError> {
     let (mut total, mut term) = ([0.0; BLOCK], [0.0; BLOCK]);
     for (block, out) in wire.cast_mut::<T>(out)?.chunks_mut(BLOCK).enumerate() {
@@ -149,6 +192,7 @@ fn sum_wide<T: Wide>(wire: &Wire<'_>, out: &mut [u8], sources: &[&[u8]]) -> Resu
     Ok(())
 }
 
+#[inline(always)]
 fn sum_in_place_wide<T: Wide>(
     wire: &Wire<'_>,
     data: &mut [u8],
@@ -173,6 +217,7 @@ fn sum_in_place_wide<T: Wide>(
 }
 
 /// Adds source number `number` to `total`, or starts it with the first.
+#[inline(always)]
 fn add<T: Wide>(source: &[T], number: usize, total: &mut [f32], term: &mut [f32]) {
     if number == 0 {
         T::widen(source, total);
