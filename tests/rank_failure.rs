@@ -361,7 +361,8 @@ fn a_rebuild_whose_loading_fails_says_so_and_can_be_done_again() -> Result {
 fn a_cache_that_no_memory_holds_is_an_error_of_every_rank_and_no_hang() -> Result {
     for tp in [1, 3] {
         let mut options = options(tp, PATIENCE, None);
-        options.num_blocks = Some(1 << 44);
+        options.num_blocks = Some(1 << 20);
+        options.block_size = 1 << 30;
         let refused = load(MODEL, options).map(|_| ());
         assert!(matches!(refused, Err(Error::OutOfMemory(_))), "{refused:?}");
     }
