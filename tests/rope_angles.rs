@@ -23,7 +23,7 @@ fn config(rope: Value) -> LlamaConfig {
         "num_attention_heads": 4, "head_dim": HEAD_DIM, "vocab_size": 64,
         "max_position_embeddings": CONTEXT, "rope_parameters": rope,
     });
-    LlamaConfig::from_json("test", &config.to_string()).unwrap()
+    LlamaConfig::from_json("test", &config.to_string()).expect("a configuration")
 }
 
 /// The plain frequency of pair `i`.
