@@ -5,7 +5,7 @@
 //! whatever the algorithm. NaN stays NaN.
 //!
 //! Plain loops over slices of equal length: the compiler vectorises them, for each instruction
-//! set by itself ([`with_widest_vectors`]); the bits are the same. bf16 is converted by integer
+//! set by itself (`with_widest_vectors`); the bits are the same. bf16 is converted by integer
 //! arithmetic for that reason, f16 by `half`'s slice conversion, which uses F16C.
 
 use bytemuck::Pod;
