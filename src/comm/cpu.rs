@@ -48,7 +48,9 @@ impl CpuComm {
         endpoint: Endpoint,
         incarnation: u64,
     ) -> Self {
-        LIVE_RANKS.fetch_add(1, Ordering::Relaxed);
+        if generation.world_size() > 1 {
+            LIVE_RANKS.fetch_add(1, Ordering::Relaxed);
+        }
         Self {
             rank,
             group,
@@ -395,7 +397,9 @@ impl CpuComm {
 
 impl Drop for CpuComm {
     fn drop(&mut self) {
-        LIVE_RANKS.fetch_sub(1, Ordering::Relaxed);
+        if self.world_size() > 1 {
+            LIVE_RANKS.fetch_sub(1, Ordering::Relaxed);
+        }
         if std::thread::panicking() {
             self.generation.abort(self.rank, || "it panicked".into());
         } else {

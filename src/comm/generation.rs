@@ -28,7 +28,8 @@ use std::time::{Duration, Instant};
 use super::error::CommError;
 use super::mailbox::{Endpoint, Line};
 
-/// Ranks alive in this process, over all groups: what decides between spinning and parking.
+/// Ranks alive in this process, over all groups of more than one (a rank alone never waits):
+/// what decides between spinning and parking.
 pub(crate) static LIVE_RANKS: AtomicUsize = AtomicUsize::new(0);
 
 /// Looks at the progress before the clock is looked at for the first time.
