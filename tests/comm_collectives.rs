@@ -254,3 +254,25 @@ fn statistics_count_calls_bytes_and_time() {
         result.unwrap();
     }
 }
+
+/// Both send and neither reads, so nothing is seen amiss until they meet: in the next call.
+#[test]
+fn ranks_that_only_send_differently_are_found_at_their_next_call() {
+    let results = run_ranks(2, GroupOptions::default(), |comm| {
+        let mut data = [1.0_f32];
+        if comm.rank() == 0 {
+            comm.broadcast(&mut data, 0)?;
+        } else {
+            comm.gather(&data, &mut [], 0)?;
+        }
+        Ok(comm.all_reduce(&mut data)?)
+    })
+    .unwrap();
+    for result in results {
+        let error = result.unwrap_err().to_string();
+        assert!(
+            error.contains("broadcast") && error.contains("gather"),
+            "{error}"
+        );
+    }
+}

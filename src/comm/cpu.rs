@@ -378,6 +378,18 @@ impl CpuComm {
             self.generation
                 .wait(&self.endpoint, self.rank, peer, target, call.operation)?;
         }
+        // A rank that only sent in its last call has not looked at what its peers called.
+        if let (Some((peer, theirs)), Some(mine)) =
+            (self.endpoint.odd_one_out(), self.endpoint.call(self.rank))
+        {
+            return Err(CommError::Mismatch {
+                rank: self.rank,
+                peer,
+                epoch: self.endpoint.epoch(),
+                expected: theirs.to_string(),
+                found: mine.to_string(),
+            });
+        }
         self.endpoint
             .enter(call, staging.packets, staging.bytes)
             .map_err(|refused| refused_error(call.operation, refused))?;

@@ -360,9 +360,13 @@ impl Generation {
         });
         if !first {
             // Another rank noticed at the same time, or before; its word is the group's.
-            let CommError::RankFailed { rank: named, .. } = self.abort_error() else {
+            let error = self.abort_error();
+            let CommError::RankFailed { rank: named, .. } = error else {
                 unreachable!("an aborted group says RankFailed");
             };
+            if named == rank {
+                return error; // It waited for others, who waited for it.
+            }
             culprit = named;
             seen = endpoint.progress(culprit, u64::MAX);
         }

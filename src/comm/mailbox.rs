@@ -48,6 +48,9 @@ pub(crate) const ALIGN: usize = 64;
 /// The packets a rank can publish in one call.
 pub(crate) const MAX_PACKETS: usize = u16::MAX as usize;
 
+/// The calls a generation can make: what fits a progress word above the packets.
+const MAX_EPOCH: u64 = u64::MAX >> 16;
+
 /// What a rank calls; all ranks must call the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Call {
@@ -200,6 +203,9 @@ pub(crate) struct Endpoint {
     /// The highest progress seen by an acquire load, per rank.
     seen: Box<[Cell<u64>]>,
     published: Cell<usize>,
+    /// The packets and bytes announced for this call; the log may hold more.
+    announced_packets: usize,
+    announced_bytes: usize,
     offset: Cell<usize>,
     announced: Cell<bool>,
     publishing: Cell<bool>,
@@ -234,6 +240,8 @@ impl Endpoint {
                 epoch: 0,
                 seen: (0..world_size).map(|_| Cell::new(0)).collect(),
                 published: Cell::new(0),
+                announced_packets: 0,
+                announced_bytes: 0,
                 offset: Cell::new(0),
                 announced: Cell::new(true),
                 publishing: Cell::new(false),
@@ -293,6 +301,9 @@ impl Endpoint {
             .ok_or(Refused::Full)?;
         self.may_enter().map_err(|_| Refused::Busy)?;
         let epoch = self.epoch + 1;
+        if epoch > MAX_EPOCH {
+            return Err(Refused::Full);
+        }
         let log = self.boxes[self.rank].logs[(epoch % 2) as usize].get();
         // SAFETY: this endpoint alone writes this mailbox, and no peer reads this log: by
         // `may_enter` all have entered the call before this one, so they have left the one
@@ -300,9 +311,9 @@ impl Endpoint {
         // (module docs). No slice of ours is alive: they borrow `self`, taken here by `&mut`.
         let log = unsafe { &mut *log };
         if log.memory.capacity < capacity {
-            let capacity = capacity.checked_next_power_of_two().unwrap_or(capacity);
+            let roomy = capacity.checked_next_power_of_two().unwrap_or(capacity);
             log.memory = Memory::EMPTY;
-            log.memory = Memory::new(capacity).ok_or(Refused::Memory)?;
+            log.memory = Memory::new(roomy).ok_or(Refused::Memory)?;
         }
         let behind = packets.saturating_sub(1);
         if log.directory.len() < behind {
@@ -313,6 +324,7 @@ impl Endpoint {
         }
         self.epoch = epoch;
         self.published.set(0);
+        (self.announced_packets, self.announced_bytes) = (packets, capacity);
         self.offset.set(0);
         self.announced.set(false);
         self.publishing.set(false);
@@ -350,11 +362,11 @@ impl Endpoint {
         // `self` is borrowed.
         let log = unsafe { &*mailbox.logs[(self.epoch % 2) as usize].get() };
         let (index, offset) = (self.published.get(), self.offset.get());
-        let fits = log
-            .memory
-            .capacity
-            .checked_sub(offset)
-            .is_some_and(|free| len <= free);
+        let fits = index < self.announced_packets
+            && self
+                .announced_bytes
+                .checked_sub(offset)
+                .is_some_and(|free| len <= free);
         let entry = mailbox.entry(log, self.epoch, index);
         let Some(entry) = entry.filter(|_| fits) else {
             self.publishing.set(false);
@@ -388,15 +400,16 @@ impl Endpoint {
     /// Packet `index` of `peer` (or of this rank itself) in this call.
     #[inline]
     pub(crate) fn packet(&self, peer: usize, index: usize) -> Lookup<'_> {
+        // First of all: a higher index would spill into the epoch of the target.
+        if self.epoch == 0 || index >= MAX_PACKETS {
+            return Lookup::Never;
+        }
         let target = progress_word(self.epoch, index + 1);
         let known = if peer == self.rank {
             progress_word(self.epoch, self.published.get())
         } else {
             self.progress(peer, target)
         };
-        if self.epoch == 0 || index >= MAX_PACKETS {
-            return Lookup::Never;
-        }
         if known < target {
             return Lookup::NotYet;
         }
@@ -421,6 +434,15 @@ impl Endpoint {
         Lookup::Packet(unsafe {
             std::slice::from_raw_parts(log.memory.start.as_ptr().wrapping_add(offset), len)
         })
+    }
+
+    /// A peer whose call was not this rank's, in the call that this rank has finished; only
+    /// once [`Self::may_enter`] says yes.
+    pub(crate) fn odd_one_out(&self) -> Option<(usize, &Call)> {
+        let mine = self.call(self.rank)?;
+        (0..self.boxes.len())
+            .filter_map(|peer| Some((peer, self.call(peer)?)))
+            .find(|(_, call)| *call != mine)
     }
 
     /// What `peer` called, once it has announced this call.

@@ -4,7 +4,7 @@ use bytemuck::Pod;
 
 use super::error::CommError;
 use super::generation::Generation;
-use super::mailbox::{Call, Endpoint, Lookup, Refused, progress_word};
+use super::mailbox::{Call, Endpoint, Lookup, MAX_PACKETS, Refused, progress_word};
 
 /// One rank's view of one collective: it publishes packets and reads those of its peers.
 ///
@@ -89,6 +89,12 @@ impl<'a> Wire<'a> {
     pub fn packet(&self, rank: usize, index: usize, len: usize) -> Result<&'a [u8], CommError> {
         if rank >= self.world_size() {
             return Err(self.argument(format!("there is no rank {rank}")));
+        }
+        if index >= MAX_PACKETS {
+            return Err(self.argument(format!(
+                "there is no packet {index}, as a rank publishes at most {MAX_PACKETS}; mend \
+                 the algorithm"
+            )));
         }
         if rank != self.rank {
             self.enter_and_wait(rank, progress_word(self.endpoint.epoch(), index + 1))?;

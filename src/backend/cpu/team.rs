@@ -207,7 +207,14 @@ impl Shared {
             // and stays until the task is counted as done below.
             let task = unsafe { &**self.job.get() };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(next))) {
-                *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+                // The first stands. Nothing here may unwind, as tasks may still run elsewhere:
+                // the others are not dropped, since what a payload's drop does is not known.
+                let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+                if first.is_none() {
+                    *first = Some(panic);
+                } else {
+                    std::mem::forget(panic);
+                }
             }
             self.done.0.fetch_add(1, Ordering::Release);
             ticket = Ticket(self.ticket.0.load(Ordering::Acquire));
