@@ -42,6 +42,30 @@ fn elements<'a>(bias: &HostMatrix<'a>, range: Range<usize>) -> Result<HostMatrix
     bias.slice(0..1, range)
 }
 
+/// What a layer split over output features holds: of each whole part the rows `ranges[i]` of
+/// the weight and the same elements of the bias, stacked.
+fn stack<B: Backend, const N: usize>(
+    backend: &mut B,
+    weights: &[HostMatrix<'_>; N],
+    bias: Option<[HostMatrix<'_>; N]>,
+    ranges: &[Range<usize>; N],
+    layout: Layout,
+    dtype: DType,
+) -> Result<(B::Matrix, Option<B::Vector>)> {
+    let weights: Vec<_> = (weights.iter().zip(ranges))
+        .map(|(weight, range)| rows(weight, range.clone()))
+        .collect::<Result<_>>()?;
+    let bias = bias
+        .map(|bias| {
+            let bias: Vec<_> = (bias.iter().zip(ranges))
+                .map(|(bias, range)| elements(bias, range.clone()))
+                .collect::<Result<_>>()?;
+            backend.vector(&bias)
+        })
+        .transpose()?;
+    Ok((backend.matrix(&weights, layout, dtype)?, bias))
+}
+
 /// `y = x Wᵀ + b`, split over the rows of W: each rank makes some columns of y.
 pub struct ColumnParallelLinear<B: Backend> {
     weight: B::Matrix,
@@ -63,13 +87,12 @@ impl<B: Backend> ColumnParallelLinear<B> {
         part: Partition,
         dtype: DType,
     ) -> Result<Self> {
-        let range = part.of(weight.rows());
-        let bias = bias
-            .map(|bias| elements(&bias, range.clone()))
-            .transpose()?;
+        let ranges = [part.of(weight.rows())];
+        let bias = bias.map(|bias| [bias]);
+        let (weight_part, bias) = stack(backend, &[weight], bias, &ranges, Layout::Rows, dtype)?;
         Ok(Self {
-            weight: backend.matrix(&[rows(&weight, range)?], Layout::Rows, dtype)?,
-            bias: bias.map(|bias| backend.vector(&[bias])).transpose()?,
+            weight: weight_part,
+            bias,
             part,
             out_features: weight.rows(),
             gather_output: false,
@@ -122,25 +145,14 @@ impl<B: Backend> MergedColumnParallelLinear<B> {
     /// The rank's rows of gate and up, `[intermediate, hidden]` each, with their biases.
     pub fn new(
         backend: &mut B,
-        [gate, up]: [HostMatrix<'_>; 2],
+        gate_up: [HostMatrix<'_>; 2],
         bias: Option<[HostMatrix<'_>; 2]>,
         part: Partition,
         dtype: DType,
     ) -> Result<Self> {
-        let range = part.of(gate.rows());
-        let parts = [rows(&gate, range.clone())?, rows(&up, range.clone())?];
-        let bias = bias
-            .map(|[gate, up]| {
-                backend.vector(&[
-                    elements(&gate, range.clone())?,
-                    elements(&up, range.clone())?,
-                ])
-            })
-            .transpose()?;
-        Ok(Self {
-            weight: backend.matrix(&parts, Layout::GateUp, dtype)?,
-            bias,
-        })
+        let ranges = [0, 1].map(|i| part.of(gate_up[i].rows()));
+        let (weight, bias) = stack(backend, &gate_up, bias, &ranges, Layout::GateUp, dtype)?;
+        Ok(Self { weight, bias })
     }
 
     /// As [`Self::new`], of a checkpoint that stores gate and up fused: `[2 intermediate,
@@ -193,24 +205,9 @@ impl<B: Backend> QkvParallelLinear<B> {
         let d = dims.head_dim;
         let range = |heads: &Range<usize>| heads.start * d..heads.end * d;
         let ranges = [range(&heads.q), range(&heads.kv), range(&heads.kv)];
-        let [q, k, v] = &weights;
-        let [rq, rk, rv] = &ranges;
-        let parts = [
-            rows(q, rq.clone())?,
-            rows(k, rk.clone())?,
-            rows(v, rv.clone())?,
-        ];
-        let bias = bias
-            .map(|[q, k, v]| {
-                backend.vector(&[
-                    elements(&q, rq.clone())?,
-                    elements(&k, rk.clone())?,
-                    elements(&v, rv.clone())?,
-                ])
-            })
-            .transpose()?;
+        let (weight, bias) = stack(backend, &weights, bias, &ranges, Layout::Rows, dtype)?;
         Ok(Self {
-            weight: backend.matrix(&parts, Layout::Rows, dtype)?,
+            weight,
             bias,
             heads: HeadCounts {
                 q: heads.q.len(),

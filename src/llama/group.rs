@@ -204,7 +204,7 @@ impl Group {
         self.setup.dtype
     }
 
-    /// What was spent so far.
+    /// What was spent since the group was loaded or last rebuilt.
     pub fn stats(&self) -> GroupStats {
         GroupStats {
             comm_time: self

@@ -189,14 +189,8 @@ impl<B: Backend> Model<B> {
             .skip(1)
             .map(|l| &l.input_norm)
             .chain([&self.norm]);
-        if let Some(first) = self.layers.first() {
-            first
-                .input_norm
-                .forward(rank.backend, &ws.residual, &mut ws.hidden)?;
-        } else {
-            self.norm
-                .forward(rank.backend, &ws.residual, &mut ws.hidden)?;
-        }
+        let first_norm = self.layers.first().map_or(&self.norm, |l| &l.input_norm);
+        first_norm.forward(rank.backend, &ws.residual, &mut ws.hidden)?;
         let mut stream = Stream {
             rows: batch.rows(),
             residual: &mut ws.residual,
