@@ -1,0 +1,211 @@
+//! What the checks report: a finding names the kind, the kernel, the place in the source, who did
+//! it and where, in words; a fault is what the hardware would have done about it.
+
+use std::collections::HashSet;
+use std::fmt;
+
+/// What went wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// An access outside every allocation, or beyond the bytes asked for.
+    OutOfBounds,
+    /// An address that is no multiple of the access's size.
+    Misaligned,
+    /// An access to memory that was freed, or a free of it.
+    UseAfterFree,
+    /// A value nobody wrote decides a branch, an address or a stored result.
+    Uninitialised,
+    /// Two accesses to the same bytes, one of them a write, that nothing orders.
+    Race,
+    /// A `.sync` operation whose member mask leaves out the caller, or names lanes that never come.
+    WrongMask,
+    /// Threads of a warp or block that should meet at a barrier and cannot.
+    Barrier,
+    /// Nothing can advance any more.
+    Deadlock,
+    /// A write to memory that may only be read.
+    ReadOnly,
+    /// A failed device-side `assert`, `trap`, or an instruction that may not be executed so.
+    Trap,
+}
+
+impl Kind {
+    /// The name used in reports and in `VGPU_CHECK`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::OutOfBounds => "out-of-bounds",
+            Kind::Misaligned => "misaligned",
+            Kind::UseAfterFree => "use-after-free",
+            Kind::Uninitialised => "uninitialised",
+            Kind::Race => "race",
+            Kind::WrongMask => "wrong-mask",
+            Kind::Barrier => "barrier",
+            Kind::Deadlock => "deadlock",
+            Kind::ReadOnly => "read-only",
+            Kind::Trap => "trap",
+        }
+    }
+}
+
+/// A place in the code.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct Place {
+    /// The kernel's name.
+    pub kernel: String,
+    /// Line in the PTX text.
+    pub ptx_line: u32,
+    /// `norm.cu:88`, where the PTX has line information (the innermost place, with the places it
+    /// was inlined into after it).
+    pub source: Vec<(String, u32)>,
+    /// The instruction, `ld.global.v4.f32`.
+    pub instruction: String,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in {}", self.instruction, self.kernel)?;
+        for (i, (file, line)) in self.source.iter().enumerate() {
+            let word = if i == 0 { "at" } else { "inlined into" };
+            write!(f, " {word} {file}:{line}")?;
+        }
+        write!(f, " (PTX line {})", self.ptx_line)
+    }
+}
+
+/// Who did it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Thread {
+    /// The device's ordinal.
+    pub device: u32,
+    /// `blockIdx`.
+    pub block: [u32; 3],
+    /// `threadIdx`.
+    pub thread: [u32; 3],
+}
+
+impl fmt::Display for Thread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ([bx, by, bz], [tx, ty, tz]) = (self.block, self.thread);
+        write!(
+            f,
+            "device {}, block ({bx},{by},{bz}), thread ({tx},{ty},{tz})",
+            self.device
+        )
+    }
+}
+
+/// One report of a check.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// What went wrong.
+    pub kind: Kind,
+    /// Where; None for what the host did.
+    pub place: Option<Place>,
+    /// Who; None for what the host did.
+    pub thread: Option<Thread>,
+    /// The first byte concerned.
+    pub address: Option<u64>,
+    /// The other access of a race.
+    pub other: Option<(Option<Place>, Option<Thread>)>,
+    /// What happened, in a sentence.
+    pub message: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.kind.name(), self.message)?;
+        if let Some(place) = &self.place {
+            write!(f, "; {place}")?;
+        }
+        if let Some(thread) = &self.thread {
+            write!(f, "; {thread}")?;
+        }
+        if let Some(address) = self.address {
+            write!(f, "; address {address:#x}")?;
+        }
+        if let Some((place, thread)) = &self.other {
+            write!(f, "; the other access: ")?;
+            match place {
+                Some(place) => write!(f, "{place}")?,
+                None => write!(f, "the host")?,
+            }
+            if let Some(thread) = thread {
+                write!(f, "; {thread}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The findings of a run, one for each cause.
+#[derive(Debug, Default)]
+pub struct Findings {
+    list: Vec<Finding>,
+    causes: HashSet<(Kind, Option<Place>)>,
+}
+
+impl Findings {
+    /// Whether the same kind was already reported at the same place: the test is cheap enough to
+    /// make before the words of a finding are put together.
+    pub fn is_known(&self, kind: Kind, place: &Option<Place>) -> bool {
+        self.causes.contains(&(kind, place.clone()))
+    }
+
+    /// Keeps a finding unless its cause (kind and place) is known.
+    pub fn report(&mut self, finding: Finding) {
+        if self.causes.insert((finding.kind, finding.place.clone())) {
+            self.list.push(finding);
+        }
+    }
+
+    /// All of them, in the order they were found.
+    pub fn list(&self) -> &[Finding] {
+        &self.list
+    }
+
+    /// Takes them, so that what comes next starts afresh.
+    pub fn take(&mut self) -> Vec<Finding> {
+        self.causes.clear();
+        std::mem::take(&mut self.list)
+    }
+}
+
+/// What the hardware does about an error: it ends the context, with this code of the driver API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// `CUDA_ERROR_ILLEGAL_ADDRESS`
+    IllegalAddress,
+    /// `CUDA_ERROR_MISALIGNED_ADDRESS`
+    MisalignedAddress,
+    /// `CUDA_ERROR_INVALID_ADDRESS_SPACE`
+    InvalidAddressSpace,
+    /// `CUDA_ERROR_INVALID_PC`
+    InvalidPc,
+    /// `CUDA_ERROR_ILLEGAL_INSTRUCTION`
+    IllegalInstruction,
+    /// `CUDA_ERROR_HARDWARE_STACK_ERROR`
+    HardwareStack,
+    /// `CUDA_ERROR_ASSERT`
+    Assert,
+    /// `CUDA_ERROR_LAUNCH_FAILED`: `trap`, and everything without a code of its own.
+    LaunchFailed,
+    /// `CUDA_ERROR_LAUNCH_TIMEOUT`: nothing can advance any more.
+    LaunchTimeout,
+}
+
+impl Fault {
+    /// The code of the driver API.
+    pub fn code(self) -> u32 {
+        match self {
+            Fault::IllegalAddress => 700,
+            Fault::LaunchTimeout => 702,
+            Fault::Assert => 710,
+            Fault::HardwareStack => 714,
+            Fault::IllegalInstruction => 715,
+            Fault::MisalignedAddress => 716,
+            Fault::InvalidAddressSpace => 717,
+            Fault::InvalidPc => 718,
+            Fault::LaunchFailed => 719,
+        }
+    }
+}

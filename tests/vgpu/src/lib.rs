@@ -1,0 +1,17 @@
+//! A virtual GPU: the CUDA driver API on top of an interpreter of PTX.
+//!
+//! Built as a shared library with the soname `libcuda.so.1`, so that a program that uses the
+//! driver API runs on it unchanged. It executes the PTX that nvcc emitted and checks every
+//! access on the way.
+
+pub mod finding;
+pub mod isa;
+pub mod loader;
+pub mod lowering;
+pub mod machine;
+pub mod memory;
+pub mod program;
+pub mod ptx;
+pub mod race;
+pub mod registers;
+pub mod rig;
