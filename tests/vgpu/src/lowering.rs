@@ -239,6 +239,7 @@ pub struct Lowering<'a> {
     constants32: HashMap<u32, R32>,
     constants64: HashMap<u64, R64>,
     constants_pred: [Option<Pred>; 2],
+    carry: Option<Pred>,
     local_bytes: u64,
     param_bytes: u64,
     calls: Vec<CallSite>,
@@ -525,6 +526,7 @@ fn lower_function<'a>(
         constants32: HashMap::new(),
         constants64: HashMap::new(),
         constants_pred: [None; 2],
+        carry: None,
         local_bytes: 0,
         param_bytes: 0,
         calls: Vec::new(),
@@ -900,6 +902,12 @@ impl Lowering<'_> {
         let registers = &mut self.registers;
         *self.constants_pred[usize::from(value)]
             .get_or_insert_with(|| registers.push_constant_pred(value))
+    }
+
+    /// The carry flag of extended-precision arithmetic.
+    pub fn carry(&mut self) -> Pred {
+        let registers = &mut self.registers;
+        *self.carry.get_or_insert_with(|| registers.push_pred())
     }
 
     /// A memory operand.

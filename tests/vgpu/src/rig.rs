@@ -76,6 +76,8 @@ impl Rig {
             dynamic_shared,
             params: bytes,
             cooperative: false,
+            workspace: 0,
+            multiprocessors: 0,
             clock: LaunchClock::default(),
         };
         self.machine

@@ -5,6 +5,7 @@
 mod alu;
 mod control;
 mod memory;
+mod special;
 mod sync;
 
 use crate::lowering::{LoadError, Lowering, Modifiers, unsupported};

@@ -200,6 +200,7 @@ impl Machine {
                 findings: Findings::default(),
                 config,
                 now: 0,
+                clock_reads: 0,
                 output: Vec::new(),
             },
             devices,
@@ -500,6 +501,7 @@ impl Machine {
                 stream.busy = true;
                 self.next_launch += 1;
                 launch.id = self.next_launch;
+                launch.multiprocessors = self.devices[device as usize].properties.multiprocessors;
                 launch.clock = race::launch_clock(id.0, &stream.clock);
                 let grid = Grid {
                     launch: Arc::new(*launch),

@@ -39,6 +39,10 @@ pub struct Launch {
     pub params: Vec<u8>,
     /// Whether all blocks must be resident at once.
     pub cooperative: bool,
+    /// Address of the grid-wide barrier's workspace, for cooperative launches; else 0.
+    pub workspace: u64,
+    /// Multiprocessors of the device, for `%nsmid`; filled in when it starts.
+    pub multiprocessors: u32,
     /// What is ordered before it.
     pub clock: LaunchClock,
 }
@@ -81,6 +85,8 @@ pub struct World {
     pub config: Config,
     /// Virtual nanoseconds since the start.
     pub now: u64,
+    /// How often a kernel looked at a clock: whoever does will see it advance.
+    pub clock_reads: u64,
     /// What kernels printed and nobody has written out yet.
     pub output: Vec<u8>,
 }

@@ -22,6 +22,9 @@ pub const SHARED_WINDOW: u64 = 1 << 40;
 pub const LOCAL_WINDOW: u64 = SHARED_WINDOW + (1 << 32);
 /// Generic address of byte 0 of the kernel's parameters.
 pub const PARAM_WINDOW: u64 = LOCAL_WINDOW + (1 << 32);
+/// Offset, among parameters, of those of a called function's frame: byte 0 of the kernel's own
+/// parameters is 0.
+pub const FRAME_PARAMS: u64 = 1 << 31;
 /// Bytes in each of the three windows.
 pub const WINDOW_SIZE: u64 = 1 << 32;
 

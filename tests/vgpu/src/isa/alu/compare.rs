@@ -173,7 +173,11 @@ struct Combine {
 
 impl Combine {
     /// `.and`, `.or`, `.xor` and the predicate operand that goes with it.
-    fn take(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Option<Self>, LoadError> {
+    fn take(
+        i: &Instruction,
+        m: &mut Modifiers,
+        f: &mut Lowering,
+    ) -> Result<Option<Self>, LoadError> {
         let op: fn(u32, u32) -> u32 = match m.take_any(&["and", "or", "xor"]) {
             None => {
                 expect_operands(i, 3..=3)?;
@@ -292,7 +296,11 @@ fn selp(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, 
                 let unsure = cx.regs.pred_undef(p);
                 let (x, y) = (cx.regs.get64(a), cx.regs.get64(b));
                 let out = std::array::from_fn(|lane| {
-                    if choice >> lane & 1 != 0 { x[lane] } else { y[lane] }
+                    if choice >> lane & 1 != 0 {
+                        x[lane]
+                    } else {
+                        y[lane]
+                    }
                 });
                 let (ua, ub) = (cx.regs.undef64(a), cx.regs.undef64(b));
                 let undef = std::array::from_fn(|n| (ua[n] & choice) | (ub[n] & !choice) | unsure);
@@ -308,7 +316,11 @@ fn selp(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, 
                 let unsure = cx.regs.pred_undef(p);
                 let (x, y) = (cx.regs.get32(a), cx.regs.get32(b));
                 let out = std::array::from_fn(|lane| {
-                    if choice >> lane & 1 != 0 { x[lane] } else { y[lane] }
+                    if choice >> lane & 1 != 0 {
+                        x[lane]
+                    } else {
+                        y[lane]
+                    }
                 });
                 let (ua, ub) = (cx.regs.undef32(a), cx.regs.undef32(b));
                 let mut undef = DEFINED;
@@ -348,7 +360,11 @@ fn slct(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, 
                 });
                 let (x, y) = (a.values(cx.regs), b.values(cx.regs));
                 let out = std::array::from_fn(|lane| {
-                    if choice >> lane & 1 != 0 { x[lane] } else { y[lane] }
+                    if choice >> lane & 1 != 0 {
+                        x[lane]
+                    } else {
+                        y[lane]
+                    }
                 });
                 let undef = (a.any_undef(cx.regs) & choice)
                     | (b.any_undef(cx.regs) & !choice)

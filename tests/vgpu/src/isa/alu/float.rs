@@ -231,9 +231,9 @@ fn two(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, L
                 "add" => half.map::<2>(i, f, move |[a, b]| half.round(signed_sum(a, b))),
                 "sub" => half.map::<2>(i, f, move |[a, b]| half.round(signed_sum(a, -b))),
                 "mul" => half.map::<2>(i, f, move |[a, b]| half.round(a * b)),
-                "min" | "max" => half.map::<2>(i, f, move |[a, b]| {
-                    half.round(extreme(a, b, max, mode))
-                }),
+                "min" | "max" => {
+                    half.map::<2>(i, f, move |[a, b]| half.round(extreme(a, b, max, mode)))
+                }
                 _ => Err(bad(format!("'{opcode}' of {:?}", mode.ty))),
             }
         }
@@ -244,7 +244,11 @@ fn two(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, L
 /// A sum, rounded to odd, with the sign that a zero has when rounding to nearest.
 fn signed_sum(a: f64, b: f64) -> f64 {
     let s = add_odd(a, b);
-    if s == 0.0 { zero_sum(a, b, Round::Nearest) } else { s }
+    if s == 0.0 {
+        zero_sum(a, b, Round::Nearest)
+    } else {
+        s
+    }
 }
 
 /// Arithmetic of f16 or bf16, one or two to a register.
@@ -283,8 +287,12 @@ impl Half {
     }
 
     fn round(self, exact: f64) -> u32 {
-        let exact = if self.mode.sat { saturate64(exact) } else { exact };
-        let exact = if self.mode.relu && (exact < 0.0 || exact == 0.0) {
+        let exact = if self.mode.sat {
+            saturate64(exact)
+        } else {
+            exact
+        };
+        let exact = if self.mode.relu && exact <= 0.0 {
             0.0
         } else {
             exact
@@ -457,9 +465,13 @@ fn one(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, L
         ("abs" | "neg", Type::F16 | Type::F16x2 | Type::BF16 | Type::BF16x2) => {
             let half = Half::of(mode)?;
             let negate = opcode == "neg";
-            half.map_bits(i, f, move |bits| {
-                if negate { bits ^ 0x8000 } else { bits & 0x7fff }
-            })
+            half.map_bits(
+                i,
+                f,
+                move |bits| {
+                    if negate { bits ^ 0x8000 } else { bits & 0x7fff }
+                },
+            )
         }
         ("rcp", Type::F32) if !mode.approx => map1(i, f, move |a: f32| {
             mode.output(mode.narrow32(div_odd(1.0, mode.input(a).into())))
@@ -467,16 +479,14 @@ fn one(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, L
         ("sqrt", Type::F32) if !mode.approx => map1(i, f, move |a: f32| {
             mode.output(mode.narrow32(sqrt_odd(mode.input(a).into())))
         }),
-        ("rcp", Type::F64) if !mode.approx => {
-            map1(i, f, move |a: f64| double::div(1.0, a, round))
-        }
+        ("rcp", Type::F64) if !mode.approx => map1(i, f, move |a: f64| double::div(1.0, a, round)),
         ("sqrt", Type::F64) if !mode.approx => map1(i, f, move |a: f64| double::sqrt(a, round)),
         // These two keep the upper word only ("gross approximations").
         ("rcp", Type::F64) if mode.ftz => map1(i, f, |a: f64| upper(1.0 / upper(a))),
         ("rsqrt", Type::F64) => map1(i, f, |a: f64| upper(1.0 / upper(a).sqrt())),
         (_, Type::F32) => {
-            let function = approximated(opcode)
-                .ok_or_else(|| bad(format!("'{opcode}' of {:?}", mode.ty)))?;
+            let function =
+                approximated(opcode).ok_or_else(|| bad(format!("'{opcode}' of {:?}", mode.ty)))?;
             map1(i, f, move |a: f32| {
                 mode.output(function(mode.input(a).into()) as f32)
             })
@@ -541,7 +551,14 @@ fn copysign(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Acti
 fn testp(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, LoadError> {
     use std::num::FpCategory::*;
     let property = m
-        .take_any(&["finite", "infinite", "number", "notanumber", "normal", "subnormal"])
+        .take_any(&[
+            "finite",
+            "infinite",
+            "number",
+            "notanumber",
+            "normal",
+            "subnormal",
+        ])
         .ok_or_else(|| bad("'testp' wants a property"))?
         .to_owned();
     let test = move |category: std::num::FpCategory| match property.as_str() {

@@ -521,7 +521,11 @@ fn fns(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, L
     map3(i, f, |mask: u32, base: u32, offset: i32| {
         let base = base & 31;
         if offset == 0 {
-            return if mask >> base & 1 != 0 { base } else { u32::MAX };
+            return if mask >> base & 1 != 0 {
+                base
+            } else {
+                u32::MAX
+            };
         }
         let mut left = offset.unsigned_abs();
         let mut bit = base as i32;
@@ -579,4 +583,3 @@ fn dp2a(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, 
         })
     })
 }
-

@@ -189,10 +189,7 @@ scalar! {
 }
 
 /// A source operand of a type.
-pub(super) fn source<T: Scalar>(
-    f: &mut Lowering,
-    operand: &Operand,
-) -> Result<T::Slot, LoadError> {
+pub(super) fn source<T: Scalar>(f: &mut Lowering, operand: &Operand) -> Result<T::Slot, LoadError> {
     T::Slot::source(f, operand, T::TYPE)
 }
 
@@ -274,12 +271,7 @@ pub(super) fn map3<D: Scalar, A: Scalar, B: Scalar, C: Scalar>(
         let mut out = [BitsOf::<D>::default(); LANES];
         let (x, y, z) = (a.values(cx.regs), b.values(cx.regs), c.values(cx.regs));
         for lane in 0..LANES {
-            out[lane] = op(
-                A::decode(x[lane]),
-                B::decode(y[lane]),
-                C::decode(z[lane]),
-            )
-            .encode();
+            out[lane] = op(A::decode(x[lane]), B::decode(y[lane]), C::decode(z[lane])).encode();
         }
         let undef = a.any_undef(cx.regs) | b.any_undef(cx.regs) | c.any_undef(cx.regs);
         d.write(cx.regs, cx.mask, &out, undef);
@@ -287,8 +279,7 @@ pub(super) fn map3<D: Scalar, A: Scalar, B: Scalar, C: Scalar>(
 }
 
 /// The undefined bits of a result, from the operands' values and undefined bits.
-pub(super) type UndefRule<const N: usize> =
-    Box<dyn Fn([u64; N], [u64; N]) -> u64 + Send + Sync>;
+pub(super) type UndefRule<const N: usize> = Box<dyn Fn([u64; N], [u64; N]) -> u64 + Send + Sync>;
 
 /// `d = op(a)` where the result's undefined bytes follow from the operand's byte by byte.
 pub(super) fn bits1<D: Scalar, A: Scalar>(
@@ -309,9 +300,8 @@ pub(super) fn bits1<D: Scalar, A: Scalar>(
         if a.any_undef(cx.regs) & cx.mask == 0 {
             return d.write(cx.regs, cx.mask, &out, 0);
         }
-        let undef = std::array::from_fn(|lane| {
-            rule([x[lane].widen()], [a.undef_bits(cx.regs, lane)])
-        });
+        let undef =
+            std::array::from_fn(|lane| rule([x[lane].widen()], [a.undef_bits(cx.regs, lane)]));
         d.write_bits(cx.regs, cx.mask, &out, &undef);
     }))
 }
@@ -361,12 +351,7 @@ pub(super) fn bits3<D: Scalar, A: Scalar, B: Scalar, C: Scalar>(
         let mut out = [BitsOf::<D>::default(); LANES];
         let (x, y, z) = (a.values(cx.regs), b.values(cx.regs), c.values(cx.regs));
         for lane in 0..LANES {
-            out[lane] = op(
-                A::decode(x[lane]),
-                B::decode(y[lane]),
-                C::decode(z[lane]),
-            )
-            .encode();
+            out[lane] = op(A::decode(x[lane]), B::decode(y[lane]), C::decode(z[lane])).encode();
         }
         let any = a.any_undef(cx.regs) | b.any_undef(cx.regs) | c.any_undef(cx.regs);
         if any & cx.mask == 0 {

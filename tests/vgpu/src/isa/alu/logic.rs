@@ -3,7 +3,9 @@
 //! compilers do all day.
 
 use super::super::expect_operands;
-use super::lanes::{Bits, Scalar, Slot, UndefRule, bits1, bits2, bits3, destination, map1, map2, source};
+use super::lanes::{
+    Bits, Scalar, Slot, UndefRule, bits1, bits2, bits3, destination, map1, map2, source,
+};
 use crate::lowering::{LoadError, Lowering, Modifiers, bad, unsupported};
 use crate::program::Action;
 use crate::ptx::ast::{Immediate, Instruction, Operand, Type};
@@ -212,24 +214,9 @@ fn shl(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, L
         moved(1, |[a, n]| a.checked_shl(n as u32).unwrap_or(0))
     }
     match m.ty()? {
-        Type::B16 => bits2(
-            i,
-            f,
-            |a: u16, n: u32| a.checked_shl(n).unwrap_or(0),
-            rule(),
-        ),
-        Type::B32 => bits2(
-            i,
-            f,
-            |a: u32, n: u32| a.checked_shl(n).unwrap_or(0),
-            rule(),
-        ),
-        Type::B64 => bits2(
-            i,
-            f,
-            |a: u64, n: u32| a.checked_shl(n).unwrap_or(0),
-            rule(),
-        ),
+        Type::B16 => bits2(i, f, |a: u16, n: u32| a.checked_shl(n).unwrap_or(0), rule()),
+        Type::B32 => bits2(i, f, |a: u32, n: u32| a.checked_shl(n).unwrap_or(0), rule()),
+        Type::B64 => bits2(i, f, |a: u64, n: u32| a.checked_shl(n).unwrap_or(0), rule()),
         ty => Err(bad(format!("'shl' of {ty:?}"))),
     }
 }
@@ -316,7 +303,11 @@ fn extract(a: u64, pos: u32, len: u32, width: u32, signed: bool) -> u64 {
             out = (out & !(1 << bit)) | (a >> (pos + bit) & 1) << bit;
         }
     }
-    if width == 64 { out } else { out & ((1 << width) - 1) }
+    if width == 64 {
+        out
+    } else {
+        out & ((1 << width) - 1)
+    }
 }
 
 fn bfe(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, LoadError> {
@@ -332,9 +323,7 @@ fn bfe(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, L
         extract(a, pos as u32, len as u32, width, signed)
     });
     if width == 32 {
-        let op = move |a: u32, pos: u32, len: u32| {
-            extract(a.into(), pos, len, 32, signed) as u32
-        };
+        let op = move |a: u32, pos: u32, len: u32| extract(a.into(), pos, len, 32, signed) as u32;
         bits3(i, f, op, rule)
     } else {
         let op = move |a: u64, pos: u32, len: u32| extract(a, pos, len, 64, signed);
@@ -349,7 +338,11 @@ fn field(pos: u32, len: u32, width: u32) -> u64 {
         return 0;
     }
     let ones = if len >= 64 { u64::MAX } else { (1 << len) - 1 };
-    let all = if width == 64 { u64::MAX } else { (1 << width) - 1 };
+    let all = if width == 64 {
+        u64::MAX
+    } else {
+        (1 << width) - 1
+    };
     (ones << pos) & all
 }
 
@@ -361,11 +354,7 @@ fn bfi(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, L
     }
 }
 
-fn insert<T: Scalar>(
-    i: &Instruction,
-    f: &mut Lowering,
-    width: u32,
-) -> Result<Action, LoadError> {
+fn insert<T: Scalar>(i: &Instruction, f: &mut Lowering, width: u32) -> Result<Action, LoadError> {
     expect_operands(i, 5..=5)?;
     let d = destination::<T>(f, &i.operands[0])?;
     let a = source::<T>(f, &i.operands[1])?;
@@ -380,9 +369,8 @@ fn insert<T: Scalar>(
             let shifted = a.checked_shl(p[lane] & 0xff).unwrap_or(0);
             (b & !field) | (shifted & field)
         };
-        let out = std::array::from_fn(|lane| {
-            Bits::narrow(put(x[lane].widen(), y[lane].widen(), lane))
-        });
+        let out =
+            std::array::from_fn(|lane| Bits::narrow(put(x[lane].widen(), y[lane].widen(), lane)));
         let control = pos.any_undef(cx.regs) | len.any_undef(cx.regs);
         let any = control | a.any_undef(cx.regs) | b.any_undef(cx.regs);
         if any & cx.mask == 0 {
@@ -392,7 +380,11 @@ fn insert<T: Scalar>(
             if control >> lane & 1 != 0 {
                 return u64::MAX;
             }
-            put(a.undef_bits(cx.regs, lane), b.undef_bits(cx.regs, lane), lane)
+            put(
+                a.undef_bits(cx.regs, lane),
+                b.undef_bits(cx.regs, lane),
+                lane,
+            )
         });
         d.write_bits(cx.regs, cx.mask, &out, &undef);
     }))

@@ -1,7 +1,9 @@
 //! `mov`: copies, literals, special registers, addresses, packing and unpacking.
 
 use super::super::{expect_operands, special};
-use crate::lowering::{LoadError, Lowering, Modifiers, Symbol, bad, code_address, size_of, unsupported};
+use crate::lowering::{
+    LoadError, Lowering, Modifiers, Symbol, bad, code_address, size_of, unsupported,
+};
 use crate::memory::FRAME_PARAMS;
 use crate::program::Action;
 use crate::ptx::ast::{Instruction, Operand, Type};
@@ -183,7 +185,11 @@ fn pack(d: &Operand, parts: &[Operand], ty: Type, f: &mut Lowering) -> Result<Ac
         8 => Any::Wide(f.dst64(d)?),
         _ => Any::Narrow(f.dst32(d)?),
     };
-    let keep = if bits == 32 { u32::MAX } else { (1 << bits) - 1 };
+    let keep = if bits == 32 {
+        u32::MAX
+    } else {
+        (1 << bits) - 1
+    };
     Ok(Action::simple(move |cx| {
         let mut words = [[0u32; LANES]; 2];
         let mut undef: [Undef; 2] = [[0; 4]; 2];
@@ -232,7 +238,11 @@ fn unpack(parts: &[Operand], a: &Operand, ty: Type, f: &mut Lowering) -> Result<
             operand => Some(f.dst32(operand)?),
         });
     }
-    let keep = if bits == 32 { u32::MAX } else { (1 << bits) - 1 };
+    let keep = if bits == 32 {
+        u32::MAX
+    } else {
+        (1 << bits) - 1
+    };
     Ok(Action::simple(move |cx| {
         let mut planes = [0; 8];
         let value: [u64; LANES] = match a {

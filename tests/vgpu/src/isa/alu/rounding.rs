@@ -80,11 +80,6 @@ impl Format {
         (1 << (self.exponent - 1)) - 1
     }
 
-    /// Bits in all.
-    pub(super) fn width(self) -> u32 {
-        1 + self.exponent + self.mantissa
-    }
-
     /// The bits of the largest finite number.
     pub(super) fn largest(self) -> u64 {
         let all = (1 << (self.exponent + self.mantissa)) - 1;
@@ -122,7 +117,12 @@ impl Format {
             return sign;
         }
         if value.is_infinite() {
-            return sign | if saturate { self.largest() } else { self.beyond() };
+            return sign
+                | if saturate {
+                    self.largest()
+                } else {
+                    self.beyond()
+                };
         }
         let bits = value.to_bits();
         let field = (bits >> 52 & 0x7ff) as i32;
@@ -169,7 +169,12 @@ impl Format {
                 Round::Down => !negative,
                 Round::Up => negative,
             };
-            return sign | if stays || saturate { self.largest() } else { self.beyond() };
+            return sign
+                | if stays || saturate {
+                    self.largest()
+                } else {
+                    self.beyond()
+                };
         }
         sign | magnitude
     }
@@ -315,7 +320,11 @@ pub(super) mod double {
             return r;
         }
         // Scaled by an even power of two the residual cannot underflow; roots scale exactly.
-        let scale = if a < 2f64.powi(-500) { 2f64.powi(520) } else { 1.0 };
+        let scale = if a < 2f64.powi(-500) {
+            2f64.powi(520)
+        } else {
+            1.0
+        };
         let left = (-(r * scale.sqrt())).mul_add(r * scale.sqrt(), a * scale);
         match round {
             Round::Zero | Round::Down if left < 0.0 => r.next_down(),
