@@ -169,7 +169,11 @@ fn scatter(
         // An element narrower than the register: extended by its sign or by zeros.
         part => {
             let shift = 8 * (at % 4);
-            let keep = if size == 4 { u32::MAX } else { (1 << (8 * size)) - 1 };
+            let keep = if size == 4 {
+                u32::MAX
+            } else {
+                (1 << (8 * size)) - 1
+            };
             let fill = 32 - 8 * size as u32;
             let value: [i64; LANES] = std::array::from_fn(|l| {
                 let bits = data.words[word][l] >> shift & keep;
@@ -189,7 +193,11 @@ fn scatter(
             }
             match part {
                 Part::Narrow(register, bits) => {
-                    let keep = if bits >= 32 { u32::MAX } else { (1 << bits) - 1 };
+                    let keep = if bits >= 32 {
+                        u32::MAX
+                    } else {
+                        (1 << bits) - 1
+                    };
                     let value = value.map(|v| v as u32 & keep);
                     let mut planes = [0; 4];
                     let used = bits as usize / 8;
@@ -267,9 +275,7 @@ fn gather(cx: &crate::machine::Cx, data: &mut Data, at: usize, size: usize, part
         }
         part => {
             let (value, undef): ([u32; LANES], [u32; 4]) = match part {
-                Part::Narrow(register, _) => {
-                    (*cx.regs.get32(register), cx.regs.undef32(register))
-                }
+                Part::Narrow(register, _) => (*cx.regs.get32(register), cx.regs.undef32(register)),
                 Part::Wide(register) => {
                     let undef = cx.regs.undef64(register);
                     (
@@ -280,7 +286,11 @@ fn gather(cx: &crate::machine::Cx, data: &mut Data, at: usize, size: usize, part
                 Part::Nothing => return,
             };
             let shift = 8 * (at % 4);
-            let keep = if size == 4 { u32::MAX } else { (1 << (8 * size)) - 1 };
+            let keep = if size == 4 {
+                u32::MAX
+            } else {
+                (1 << (8 * size)) - 1
+            };
             for lane in 0..LANES {
                 data.words[word][lane] |= (value[lane] & keep) << shift;
             }
@@ -348,9 +358,7 @@ fn isspacep(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Acti
         for lane in lanes(cx.mask) {
             let found = space_of(value[lane]);
             let is = match space {
-                Space::Const => {
-                    found == Space::Global && cx.world.memory.is_constant(value[lane])
-                }
+                Space::Const => found == Space::Global && cx.world.memory.is_constant(value[lane]),
                 Space::Global => {
                     found == Space::Global && !cx.world.memory.is_constant(value[lane])
                 }

@@ -73,11 +73,16 @@ fn take_order(m: &mut Modifiers, released: bool) -> Result<(Order, Scope), LoadE
     let order = if m.take("relaxed") {
         Order::Relaxed
     } else if m.take(name) {
-        if released { Order::Release } else { Order::Acquire }
+        if released {
+            Order::Release
+        } else {
+            Order::Acquire
+        }
     } else {
         return Ok((Order::Weak, Scope::Cta));
     };
-    let scope = take_scope(m).ok_or_else(|| bad(format!("'.{name}' or '.relaxed' wants a scope")))?;
+    let scope =
+        take_scope(m).ok_or_else(|| bad(format!("'.{name}' or '.relaxed' wants a scope")))?;
     Ok((order, scope))
 }
 
