@@ -1,9 +1,29 @@
-//! Happens-before: who knows of whose accesses.
+//! Happens-before: who knows of whose accesses, and which accesses nothing orders.
+//!
+//! Every access has an *epoch*: the thread that made it and that thread's time. A warp's time
+//! advances whenever what its lanes have done is handed on (a barrier, a warp's barrier, a
+//! release), so "thread T knows all of warp W's accesses before time t" says everything there is
+//! to say about ordering. Memory keeps, for each word, the epoch of the last write and the set
+//! of reads since ([`shadow`]); an access that finds an epoch there which its thread does not
+//! know is a race, unless both are strong and their scopes include each other ("morally strong",
+//! PTX ISA, "Memory Consistency Model").
+//!
+//! What a lane knows has three parts: of its own warp (`bar.warp.sync`), of the other warps of
+//! its block (barriers), and of threads elsewhere, which it learned of through flags: a release
+//! leaves what the releasing thread knows at the flag, an acquire that reads the flag joins it.
+//! Shuffles and votes order nothing (the ISA gives them no memory ordering).
 
-use std::collections::BTreeMap;
+mod shadow;
 
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+pub use shadow::{Agent, Cell, Conflict, Shadow};
+
+use crate::finding::{Place, Thread};
 use crate::machine::{Block, Launch, Warp};
-use crate::memory::Memory;
+use crate::memory::{Order, Scope};
+use crate::registers::{FULL, LANES, lanes};
 
 /// What a stream (or the host) knows: of each stream, how many of its pieces of work are done.
 #[derive(Debug, Clone, Default)]
@@ -24,40 +44,540 @@ impl StreamClock {
             *known = time.max(*known);
         }
     }
+
+    fn of(&self, stream: u32) -> u64 {
+        self.known.get(&stream).copied().unwrap_or(0)
+    }
+}
+
+/// A thread and its time, in one word: block (28 bits), warp and lane (5 each), time (26).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Epoch(pub(crate) u64);
+
+const TIME_BITS: u32 = 26;
+
+impl Epoch {
+    fn new(block: u64, warp: u32, lane: usize, time: u32) -> Self {
+        let time = u64::from(time).min((1 << TIME_BITS) - 1);
+        Self(block << 36 | u64::from(warp) << 31 | (lane as u64) << TIME_BITS | time)
+    }
+
+    fn block(self) -> u64 {
+        self.0 >> 36
+    }
+
+    fn warp(self) -> u32 {
+        (self.0 >> 31) as u32 & 31
+    }
+
+    fn lane(self) -> usize {
+        (self.0 >> TIME_BITS) as usize & 31
+    }
+
+    fn time(self) -> u32 {
+        self.0 as u32 & ((1 << TIME_BITS) - 1)
+    }
+}
+
+/// Knowledge that came through flags: of each warp (block and number), how far of each lane.
+pub type Knowledge = BTreeMap<(u64, u32), [u32; LANES]>;
+
+fn join(mine: &mut Option<Arc<Knowledge>>, other: &Arc<Knowledge>) {
+    let Some(own) = mine else {
+        *mine = Some(other.clone());
+        return;
+    };
+    if Arc::ptr_eq(own, other) {
+        return;
+    }
+    let news = other.iter().any(|(key, times)| match own.get(key) {
+        None => true,
+        Some(own) => own.iter().zip(times).any(|(own, new)| new > own),
+    });
+    if !news {
+        return;
+    }
+    let own = Arc::make_mut(own);
+    for (key, times) in other.iter() {
+        let known = own.entry(*key).or_insert([0; LANES]);
+        for (known, &time) in known.iter_mut().zip(times) {
+            *known = time.max(*known);
+        }
+    }
 }
 
 /// What a warp's lanes know.
-#[derive(Debug, Default)]
-pub struct WarpClock {}
+#[derive(Debug)]
+pub struct WarpClock {
+    /// Accesses made now have this time.
+    time: u32,
+    /// The lanes of `together` know of each other's accesses before `met`.
+    met: u32,
+    together: u32,
+    /// What lanes know of each other beyond that: `pairs[x][y]` is how far `x` knows of `y`.
+    pairs: Option<Box<[[u32; LANES]; LANES]>>,
+    /// How far all lanes know of the warps of their block.
+    known: [u32; LANES],
+    /// What single lanes know besides.
+    extra: [Option<Arc<Knowledge>>; LANES],
+    /// The last fence of each lane that publishes: its time and scope.
+    fences: [Option<(u32, Scope)>; LANES],
+    /// What strong reads found at flags, to be joined at the lane's next fence.
+    pending: Vec<(usize, Scope, Arc<Knowledge>)>,
+    cache: shadow::ReaderCache,
+}
+
+impl Default for WarpClock {
+    fn default() -> Self {
+        Self {
+            time: 1,
+            met: 0,
+            together: 0,
+            pairs: None,
+            known: [0; LANES],
+            extra: [const { None }; LANES],
+            fences: [None; LANES],
+            pending: Vec::new(),
+            cache: shadow::ReaderCache::default(),
+        }
+    }
+}
+
+impl WarpClock {
+    /// How far lane `x` knows of lane `y` of its own warp.
+    fn of_lane(&self, x: usize, y: usize) -> u32 {
+        let met = if self.together >> x & self.together >> y & 1 != 0 {
+            self.met
+        } else {
+            0
+        };
+        self.pairs.as_ref().map_or(met, |p| met.max(p[x][y]))
+    }
+
+    fn advance(&mut self) -> u32 {
+        self.time += 1;
+        self.cache.forget();
+        self.time
+    }
+
+    /// The lanes of `members` learn of each other's accesses so far, and of what each of them
+    /// knows.
+    fn meet(&mut self, members: u32) {
+        let time = self.advance();
+        if self.pairs.is_some() || (self.met != 0 && self.together != members) {
+            let mut pairs = self
+                .pairs
+                .take()
+                .unwrap_or_else(|| Box::new([[0; LANES]; LANES]));
+            for x in lanes(self.together) {
+                for y in lanes(self.together) {
+                    pairs[x][y] = pairs[x][y].max(self.met);
+                }
+            }
+            let mut joined = [0; LANES];
+            for x in lanes(members) {
+                for (joined, &known) in joined.iter_mut().zip(&pairs[x]) {
+                    *joined = known.max(*joined);
+                }
+            }
+            for x in lanes(members) {
+                pairs[x] = joined;
+            }
+            // With all lanes together the past is of no interest any more.
+            self.pairs = (members != FULL).then_some(pairs);
+        }
+        self.met = time;
+        self.together = members;
+        self.share(members);
+    }
+
+    /// The lanes of `members` learn what any of them learned through flags.
+    fn share(&mut self, members: u32) {
+        let Some(first) = lanes(members).find_map(|l| self.extra[l].clone()) else {
+            return;
+        };
+        let mut joined = Some(first);
+        for lane in lanes(members) {
+            if let Some(other) = &self.extra[lane] {
+                join(&mut joined, other);
+            }
+        }
+        for lane in lanes(members) {
+            self.extra[lane].clone_from(&joined);
+        }
+    }
+
+    /// All that lane `x` could tell another, with its own accesses before `own`.
+    fn snapshot(&self, block: u64, warp: u32, x: usize, own: u32) -> Arc<Knowledge> {
+        let mut all = self.extra[x]
+            .as_ref()
+            .map_or_else(Knowledge::new, |extra| (**extra).clone());
+        let mut add = |w: u32, times: [u32; LANES]| {
+            let known = all.entry((block, w)).or_insert([0; LANES]);
+            for (known, time) in known.iter_mut().zip(times) {
+                *known = time.max(*known);
+            }
+        };
+        for (w, &known) in self.known.iter().enumerate() {
+            if known > 0 && w as u32 != warp {
+                add(w as u32, [known; LANES]);
+            }
+        }
+        add(
+            warp,
+            std::array::from_fn(|y| if y == x { own } else { self.of_lane(x, y) }),
+        );
+        Arc::new(all)
+    }
+}
 
 /// What belongs to a block as a whole.
 #[derive(Debug, Default)]
 pub struct BlockClock {}
 
 /// What a launch knows of other work: set when it starts.
-#[derive(Debug, Default)]
-pub struct LaunchClock {}
+#[derive(Debug, Clone, Default)]
+pub struct LaunchClock {
+    stream: u32,
+    number: u64,
+    clock: StreamClock,
+    /// Every block before this one is known.
+    floor: u64,
+    /// The first block that can belong to the launch.
+    first: u64,
+}
 
-/// The clock of a launch that starts now in a stream.
-pub fn launch_clock(_stream: u32, _clock: &StreamClock) -> LaunchClock {
-    LaunchClock::default()
+/// What an operation's accesses are like: the same each time it runs.
+#[derive(Debug, Clone)]
+struct Access {
+    place: Arc<Place>,
+    /// The scope of a strong access; None for a weak one.
+    strong: Option<Scope>,
+    non_coherent: bool,
+}
+
+/// Somebody who accesses memory: a block of a launch, or a piece of a stream's own work.
+#[derive(Debug, Clone, Copy)]
+struct Actor {
+    device: u32,
+    stream: u32,
+    number: u64,
+    /// `blockIdx` and `blockDim`; None for the host.
+    block: Option<([u32; 3], [u32; 3])>,
+}
+
+/// The tables of the race checks.
+#[derive(Debug)]
+pub struct Race {
+    on: bool,
+    actors: Vec<Actor>,
+    /// The last piece of work each stream began.
+    latest: BTreeMap<u32, u64>,
+    accesses: HashMap<u32, Access>,
+    readers: shadow::Readers,
+    /// The host call in progress: its number among the actors, and what it knows.
+    host: Option<(u64, LaunchClock)>,
+}
+
+impl Race {
+    /// Nobody has done anything.
+    pub fn new(on: bool) -> Self {
+        let nobody = Actor {
+            device: 0,
+            stream: 0,
+            number: 0,
+            block: None,
+        };
+        Self {
+            on,
+            actors: vec![nobody],
+            latest: BTreeMap::new(),
+            accesses: HashMap::new(),
+            readers: shadow::Readers::default(),
+            host: None,
+        }
+    }
+
+    /// Whether the checks are on.
+    #[inline(always)]
+    pub fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// The clock of a piece of work that starts now in a stream.
+    pub fn start(&mut self, stream: u32, clock: &StreamClock) -> LaunchClock {
+        let next = self.actors.len() as u64;
+        let all = self.latest.iter().all(|(&s, &n)| clock.of(s) >= n);
+        let number = clock.of(stream) + 1;
+        self.latest.insert(stream, number);
+        LaunchClock {
+            stream,
+            number,
+            clock: clock.clone(),
+            floor: if all { next } else { 0 },
+            first: next,
+        }
+    }
+
+    /// The host's accesses that follow belong to a piece of work of a stream.
+    pub fn start_host(&mut self, stream: u32, clock: &StreamClock) {
+        let clock = self.start(stream, clock);
+        self.actors.push(Actor {
+            device: 0,
+            stream,
+            number: clock.number,
+            block: None,
+        });
+        self.host = Some((self.actors.len() as u64 - 1, clock));
+    }
+
+    /// The piece of work is done.
+    pub fn end_host(&mut self) {
+        self.host = None;
+    }
+
+    /// A block becomes resident; its number.
+    pub fn start_block(&mut self, launch: &Launch, index: [u32; 3]) -> u64 {
+        self.actors.push(Actor {
+            device: launch.device,
+            stream: launch.clock.stream,
+            number: launch.clock.number,
+            block: Some((index, launch.block)),
+        });
+        self.actors.len() as u64 - 1
+    }
+
+    /// Makes an operation known.
+    #[inline(always)]
+    pub fn note(
+        &mut self,
+        id: u32,
+        place: &Arc<Place>,
+        order: Order,
+        scope: Scope,
+        non_coherent: bool,
+    ) {
+        self.accesses.entry(id).or_insert_with(|| Access {
+            place: place.clone(),
+            strong: (order != Order::Weak).then_some(scope),
+            non_coherent,
+        });
+    }
+
+    /// Who made an access, and where in the code; nothing of either for the host.
+    pub fn describe(&self, epoch: Epoch, op: u32) -> (Option<Place>, Option<Thread>) {
+        let place = self.accesses.get(&op).map(|a| (*a.place).clone());
+        let actor = &self.actors[epoch.block() as usize];
+        let Some((block, [width, height, _])) = actor.block else {
+            return (None, None);
+        };
+        let flat = 32 * epoch.warp() + epoch.lane() as u32;
+        let thread = Thread {
+            device: actor.device,
+            block,
+            thread: [flat % width, flat / width % height, flat / width / height],
+        };
+        (place, Some(thread))
+    }
+
+    /// Whether a launch (or the host) knows all that another actor has done.
+    fn knows_actor(&self, clock: &LaunchClock, actor: u64) -> bool {
+        if actor < clock.floor {
+            return true;
+        }
+        let actor = &self.actors[actor as usize];
+        clock.clock.of(actor.stream) >= actor.number
+    }
+
+    /// What is missing between two accesses, in words.
+    pub fn missing(&self, one: Epoch, other: Epoch) -> &'static str {
+        let (a, b) = (
+            &self.actors[one.block() as usize],
+            &self.actors[other.block() as usize],
+        );
+        if one.block() == other.block() {
+            if one.warp() == other.warp() {
+                "lanes of one warp: __syncwarp() would order them"
+            } else {
+                "warps of one block: a barrier such as __syncthreads() would order them"
+            }
+        } else if a.device != b.device {
+            "threads of different devices: a release and an acquire at system scope would order \
+             them"
+        } else if (a.stream, a.number) == (b.stream, b.number) {
+            "different blocks: a release and an acquire at device scope would order them"
+        } else {
+            "different streams: an event or a synchronisation would order them"
+        }
+    }
 }
 
 /// A block becomes resident.
-pub fn start_block(
-    _memory: &mut Memory,
-    _launch: &Launch,
-    _block: &mut Block,
-    _warps: &mut [Warp],
-) {
+pub fn start_block(race: &mut Race, launch: &Launch, block: &mut Block) {
+    block.uid = race.start_block(launch, block.index);
 }
 
-/// A block has ended.
-pub fn end_block(_memory: &mut Memory, _launch: &Launch, _uid: u64) {}
-
 /// The lanes of `members` met in an operation that orders memory between them.
-pub fn warp_sync(_block: &mut Block, _warp: &mut Warp, _members: u32) {}
+pub fn warp_sync(warp: &mut Warp, members: u32) {
+    warp.clock.meet(members);
+}
 
 /// A barrier completed: of each warp, the lanes that arrived (their accesses are published) and
 /// those that waited (they learn of what was published).
-pub fn barrier(_block: &mut Block, _warps: &mut [Warp], _arrived: &[u32], _waited: &[u32]) {}
+pub fn barrier(block: u64, warps: &mut [Warp], arrived: &[u32], waited: &[u32]) {
+    let mut known = [0u32; LANES];
+    let mut extra: Option<Arc<Knowledge>> = None;
+    let mut partial = Knowledge::new();
+    for (w, warp) in warps.iter_mut().enumerate() {
+        if arrived[w] == 0 {
+            continue;
+        }
+        // What the lanes of a warp know of each other goes along with what they did.
+        warp.clock.meet(arrived[w] | (warp.existing & !warp.live));
+        let time = warp.clock.time;
+        for (known, &other) in known.iter_mut().zip(&warp.clock.known) {
+            *known = other.max(*known);
+        }
+        if arrived[w] & warp.live == warp.live {
+            known[w] = known[w].max(time);
+        } else {
+            let times = std::array::from_fn(|l| if arrived[w] >> l & 1 != 0 { time } else { 0 });
+            partial.insert((block, w as u32), times);
+        }
+        if let Some(lane) = lanes(arrived[w]).next()
+            && let Some(other) = &warp.clock.extra[lane]
+        {
+            join(&mut extra, other);
+        }
+    }
+    if !partial.is_empty() {
+        join(&mut extra, &Arc::new(partial));
+    }
+    for (w, warp) in warps.iter_mut().enumerate() {
+        if waited[w] == 0 {
+            continue;
+        }
+        let mut extra = extra.clone();
+        if waited[w] & warp.live == warp.live {
+            for (own, &new) in warp.clock.known.iter_mut().zip(&known) {
+                *own = new.max(*own);
+            }
+        } else {
+            let mut lent = Knowledge::new();
+            for (other, &time) in known.iter().enumerate() {
+                if time > 0 {
+                    lent.insert((block, other as u32), [time; LANES]);
+                }
+            }
+            join(&mut extra, &Arc::new(lent));
+        }
+        if let Some(extra) = extra {
+            for lane in lanes(waited[w]) {
+                join(&mut warp.clock.extra[lane], &extra);
+            }
+        }
+    }
+}
+
+/// A fence by the lanes of a mask.
+pub fn fence(block: u64, warp: &mut Warp, mask: u32, order: Order, scope: Scope) {
+    let clock = &mut warp.clock;
+    if matches!(order, Order::Acquire | Order::AcqRel | Order::SeqCst) {
+        let mut left = Vec::new();
+        for (lane, written, knowledge) in std::mem::take(&mut clock.pending) {
+            if mask >> lane & 1 == 0 {
+                left.push((lane, written, knowledge));
+            } else if includes(scope, &knowledge, block) && includes(written, &knowledge, block) {
+                join(&mut clock.extra[lane], &knowledge);
+            }
+        }
+        clock.pending = left;
+    }
+    if matches!(order, Order::Release | Order::AcqRel | Order::SeqCst) {
+        let time = clock.advance();
+        for lane in lanes(mask) {
+            clock.fences[lane] = Some((time, scope));
+        }
+    }
+}
+
+/// Whether a scope reaches from a block to those whose knowledge came along. Knowledge within
+/// the block is of use at any scope.
+fn includes(scope: Scope, knowledge: &Knowledge, block: u64) -> bool {
+    scope > Scope::Cluster || knowledge.keys().all(|&(b, _)| b == block)
+}
+
+/// What a release left at a flag.
+#[derive(Debug, Clone)]
+pub struct Released {
+    knowledge: Arc<Knowledge>,
+    scope: Scope,
+    bytes: u32,
+}
+
+/// Flags: what releases left at the words they wrote, by offset.
+pub type Flags = HashMap<u32, Released>;
+
+/// A strong access of one lane to a flag, after its race check.
+pub fn flag(
+    flags: &mut Flags,
+    agent: &mut Agent,
+    offset: u32,
+    bytes: u32,
+    order: Order,
+    scope: Scope,
+    (reads, writes): (bool, bool),
+) {
+    let lane = agent.lane;
+    let found = flags
+        .get(&offset)
+        .filter(|f| reads && f.bytes == bytes)
+        .cloned();
+    if let Some(found) = &found {
+        let reach = scope.min(found.scope);
+        let clock = &mut agent.clock;
+        if includes(reach, &found.knowledge, agent.block) {
+            if matches!(order, Order::Acquire | Order::AcqRel | Order::SeqCst) {
+                join(&mut clock.extra[lane], &found.knowledge);
+            } else {
+                clock
+                    .pending
+                    .retain(|(l, _, k)| *l != lane || !Arc::ptr_eq(k, &found.knowledge));
+                clock.pending.push((lane, reach, found.knowledge.clone()));
+            }
+        }
+    }
+    if !writes {
+        return;
+    }
+    let clock = &mut agent.clock;
+    let own = if matches!(order, Order::Release | Order::AcqRel | Order::SeqCst) {
+        let time = clock.advance();
+        Some((time, scope))
+    } else {
+        clock.fences[lane].map(|(time, fence)| (time, fence.min(scope)))
+    };
+    let own = own.map(|(time, scope)| Released {
+        knowledge: agent.clock.snapshot(agent.block, agent.warp, lane, time),
+        scope,
+        bytes,
+    });
+    // A read-modify-write hands on what it found: the release sequence goes through it.
+    let left = match (own, found) {
+        (Some(mut own), Some(found)) => {
+            let mut both = Some(own.knowledge);
+            join(&mut both, &found.knowledge);
+            if let Some(both) = both {
+                own.knowledge = both;
+                own.scope = own.scope.min(found.scope);
+                flags.insert(offset, own);
+            }
+            return;
+        }
+        (own, found) => own.or(found),
+    };
+    match left {
+        Some(left) => flags.insert(offset, left),
+        None => flags.remove(&offset),
+    };
+}

@@ -291,12 +291,10 @@ fn gather(cx: &crate::machine::Cx, data: &mut Data, at: usize, size: usize, part
             } else {
                 (1 << (8 * size)) - 1
             };
-            for lane in 0..LANES {
-                data.words[word][lane] |= (value[lane] & keep) << shift;
+            for (to, from) in data.words[word].iter_mut().zip(value) {
+                *to |= (from & keep) << shift;
             }
-            for byte in 0..size {
-                data.undef[word][at % 4 + byte] = undef[byte];
-            }
+            data.undef[word][at % 4..at % 4 + size].copy_from_slice(&undef[..size]);
         }
     }
 }
