@@ -142,6 +142,7 @@ impl fmt::Display for Finding {
 pub struct Findings {
     list: Vec<Finding>,
     causes: HashSet<(Kind, Option<Place>)>,
+    operations: HashSet<(Kind, u32)>,
 }
 
 impl Findings {
@@ -149,6 +150,12 @@ impl Findings {
     /// make before the words of a finding are put together.
     pub fn is_known(&self, kind: Kind, place: &Option<Place>) -> bool {
         self.causes.contains(&(kind, place.clone()))
+    }
+
+    /// Whether an operation has not been asked about with this kind before: cheap enough for
+    /// checks that may fail a million times.
+    pub fn is_first(&mut self, kind: Kind, operation: u32) -> bool {
+        self.operations.insert((kind, operation))
     }
 
     /// Keeps a finding unless its cause (kind and place) is known.
@@ -166,6 +173,7 @@ impl Findings {
     /// Takes them, so that what comes next starts afresh.
     pub fn take(&mut self) -> Vec<Finding> {
         self.causes.clear();
+        self.operations.clear();
         std::mem::take(&mut self.list)
     }
 }

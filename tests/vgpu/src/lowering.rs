@@ -7,6 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::finding::Place;
 use crate::isa;
@@ -16,6 +17,10 @@ use crate::registers::{Pred, R32, R64, Registers};
 
 /// Generic addresses of functions: this plus 16 for each function of the module, in its order.
 pub const CODE_WINDOW: u64 = 1 << 36;
+/// Operations are numbered, over all modules, so that tables can name them by a word; the race
+/// checks have 28 bits for it.
+static NEXT_OP: AtomicU32 = AtomicU32::new(1);
+const OP_MASK: u32 = (1 << 28) - 1;
 /// Registers (in rows) a function may declare.
 const MAX_ROWS: usize = 1 << 17;
 /// Bytes of local, shared or parameter variables a function may declare.
@@ -663,6 +668,7 @@ impl Lowering<'_> {
             location = place.inlined_at.as_deref();
         }
         Ok(Op {
+            id: NEXT_OP.fetch_add(1, Ordering::Relaxed) & OP_MASK,
             action,
             guard,
             place: Arc::new(Place {

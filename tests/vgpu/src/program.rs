@@ -118,6 +118,8 @@ pub struct BarrierResult {
 
 /// One operation.
 pub struct Op {
+    /// A number of its own, for the tables of the checks.
+    pub id: u32,
     /// What it does.
     pub action: Action,
     /// The guard: the operation runs in the lanes where the predicate differs from the flag.

@@ -168,7 +168,6 @@ pub struct Machine {
     next_stream: u32,
     next_event: u32,
     next_launch: u32,
-    next_block: u64,
     random: u64,
     /// Blocks the scheduler keeps going at once; grows while none of them ends.
     window: usize,
@@ -201,6 +200,7 @@ impl Machine {
                 config,
                 now: 0,
                 clock_reads: 0,
+                lane_instructions: 0,
                 output: Vec::new(),
             },
             devices,
@@ -211,7 +211,6 @@ impl Machine {
             next_stream: 0,
             next_event: 0,
             next_launch: 0,
-            next_block: 0,
             random: scramble(seed).max(1),
             window: FIRST_WINDOW,
             quiet_runs: 0,
@@ -489,7 +488,12 @@ impl Machine {
                 self.world.memory.set_actor(id.0, &stream.clock);
                 stream.finished += 1;
                 stream.clock.tick(id.0);
-                if let Err(fault) = work(&mut self.world) {
+                let result = work(&mut self.world);
+                self.world.memory.clear_actor();
+                for finding in std::mem::take(&mut self.world.memory.findings) {
+                    self.world.findings.report(finding);
+                }
+                if let Err(fault) = result {
                     self.fail_device(device, fault);
                 }
             }
@@ -502,7 +506,7 @@ impl Machine {
                 self.next_launch += 1;
                 launch.id = self.next_launch;
                 launch.multiprocessors = self.devices[device as usize].properties.multiprocessors;
-                launch.clock = race::launch_clock(id.0, &stream.clock);
+                launch.clock = self.world.memory.race.start(id.0, &stream.clock);
                 let grid = Grid {
                     launch: Arc::new(*launch),
                     stream: id,
@@ -566,21 +570,23 @@ impl Machine {
         grid.resident += 1;
         let [width, height, _] = launch.grid.map(u64::from);
         let index = [flat % width, flat / width % height, flat / width / height].map(|i| i as u32);
-        self.next_block += 1;
         let properties = &self.devices[launch.device as usize].properties;
         let per_sm =
             properties.resident_blocks(&launch.kernel, launch.threads(), launch.dynamic_shared);
         let warps = launch.threads().div_ceil(LANES as u32);
         let mut block = Block {
-            uid: self.next_block,
+            uid: 0,
             index,
-            shared: SharedMemory::new(launch.kernel.dynamic_shared_at + launch.dynamic_shared),
+            shared: SharedMemory::new(
+                launch.kernel.dynamic_shared_at + launch.dynamic_shared,
+                self.world.memory.race.is_on(),
+            ),
             barriers: Barriers::new(warps as usize),
             clock: BlockClock::default(),
             sm: (flat % u64::from(properties.multiprocessors)) as u32,
         };
-        let mut warps: Vec<Warp> = (0..warps).map(|w| Warp::new(&launch, w)).collect();
-        race::start_block(&mut self.world.memory, &launch, &mut block, &mut warps);
+        let warps: Vec<Warp> = (0..warps).map(|w| Warp::new(&launch, w)).collect();
+        race::start_block(&mut self.world.memory.race, &launch, &mut block);
         self.resident.push(Resident {
             grid: id,
             existing: warps.iter().map(|w| w.existing).collect(),
@@ -637,6 +643,9 @@ impl Machine {
             return Progress::Advanced;
         }
         self.after_run(b);
+        if self.resident.is_empty() {
+            return Progress::Advanced;
+        }
         let changes = self.world.memory.changes();
         if changes == self.seen_changes {
             self.quiet_runs += 1;
@@ -728,7 +737,7 @@ impl Machine {
                 continue;
             };
             race::barrier(
-                &mut resident.block,
+                resident.block.uid,
                 &mut resident.warps,
                 &done.arrived,
                 &done.waiting,
@@ -741,7 +750,8 @@ impl Machine {
         }
         if exited && resident.live.iter().all(|&l| l == 0) {
             let ended = self.resident.swap_remove(b);
-            race::end_block(&mut self.world.memory, &ended.launch, ended.block.uid);
+            let lanes: u64 = ended.warps.iter().map(|w| w.lane_instructions).sum();
+            self.world.lane_instructions += lanes;
             self.quiet_runs = 0;
             self.runs_without_end = 0;
             self.end_block(ended.grid);

@@ -85,6 +85,8 @@ pub struct World {
     pub config: Config,
     /// Virtual nanoseconds since the start.
     pub now: u64,
+    /// Lane-instructions run by blocks that have ended.
+    pub lane_instructions: u64,
     /// How often a kernel looked at a clock: whoever does will see it advance.
     pub clock_reads: u64,
     /// What kernels printed and nobody has written out yet.

@@ -803,7 +803,7 @@ impl Warp {
                 }
             }
             if orders_memory {
-                race::warp_sync(block, self, present);
+                race::warp_sync(self, present);
             }
             for &(other, same) in &parts {
                 let pc = self.groups[other].pc;
@@ -928,7 +928,7 @@ fn run_sync(cx: &mut Cx, sync: &WarpSync, mask: u32) {
     (sync.publish)(cx);
     (sync.collect)(cx);
     if sync.orders_memory {
-        race::warp_sync(cx.block, cx.warp, mask);
+        race::warp_sync(cx.warp, mask);
     }
 }
 

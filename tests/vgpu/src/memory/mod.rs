@@ -7,6 +7,7 @@
 //! [`SHARED_WINDOW`], [`LOCAL_WINDOW`] and [`PARAM_WINDOW`].
 
 mod lane_memory;
+mod region;
 mod space;
 
 pub use lane_memory::LaneMemory;
@@ -14,6 +15,7 @@ pub use space::{Allocation, Memory, MemoryError, SharedMemory};
 
 use crate::finding::Fault;
 use crate::machine::Cx;
+use crate::race;
 use crate::registers::{LANES, Lanes, Lanes64, Undef};
 
 /// Generic address of byte 0 of the block's shared memory.
@@ -133,7 +135,9 @@ pub fn atomic(
 }
 
 /// A fence by the lanes of `cx.mask`.
-pub fn fence(_cx: &mut Cx, _order: Order, _scope: Scope) {}
+pub fn fence(cx: &mut Cx, order: Order, scope: Scope) {
+    race::fence(cx.block.uid, cx.warp, cx.mask, order, scope);
+}
 
 /// The space a generic address points into: Shared, Local, Param or Global.
 pub fn space_of(address: u64) -> Space {

@@ -1,18 +1,39 @@
-//! Allocations and their bytes.
+//! Allocations and accesses to them.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
-use super::{Access, Data, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, Space, space_of};
-use crate::finding::Fault;
+use super::region::Region;
+use super::{
+    Access, Data, FRAME_PARAMS, LOCAL_WINDOW, Order, PARAM_WINDOW, SHARED_WINDOW, Space, space_of,
+};
+use crate::finding::{Fault, Finding, Kind};
 use crate::machine::{Config, Cx};
-use crate::race::StreamClock;
+use crate::race::{self, Agent, Conflict, Race, StreamClock};
 use crate::registers::lanes;
+
+/// The first address of device 0.
+const FIRST_ADDRESS: u64 = 0x1000_0000_0000;
+/// Addresses of one device.
+const DEVICE_WINDOW: u64 = 1 << 40;
+/// Between allocations, so that a small step beyond one is outside all.
+const GAP: u64 = 512;
+/// What the driver promises of an allocation's first address.
+const ALIGNMENT: u64 = 512;
+/// Freed allocations remembered.
+const MOST_FREED: usize = 1 << 16;
 
 /// A stretch of device or host memory that somebody asked for.
 #[derive(Debug)]
 pub struct Allocation {
-    /// The bytes, exactly as many as were asked for.
-    pub bytes: Vec<u8>,
+    /// The device it is on, or whose context it was made in.
+    pub device: u32,
+    /// A `.const` variable: kernels may not write it.
+    pub constant: bool,
+    /// Part of a module: `free` is not for it.
+    pub variable: bool,
+    /// The bytes, exactly as many as were asked for, and what is known of them.
+    pub region: Region,
 }
 
 /// Why a request of the host cannot be met.
@@ -20,32 +41,48 @@ pub struct Allocation {
 pub struct MemoryError(pub String);
 
 /// The memory of all devices.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Memory {
     allocations: BTreeMap<u64, Allocation>,
-    next: u64,
+    /// Freed, with their sizes.
+    freed: BTreeMap<u64, u64>,
+    /// The next free address of each device.
+    next: Vec<u64>,
     changes: u64,
+    /// The tables of the race checks.
+    pub race: Race,
+    /// What the host's copies and fills did wrong.
+    pub findings: Vec<Finding>,
 }
 
 /// A block's shared memory.
 #[derive(Debug, Default)]
 pub struct SharedMemory {
-    bytes: Vec<u8>,
+    region: Region,
 }
 
 impl SharedMemory {
     /// `bytes` that nobody has written.
-    pub fn new(bytes: u32) -> Self {
+    pub fn new(bytes: u32, races: bool) -> Self {
         Self {
-            bytes: vec![0; bytes as usize],
+            region: Region::new(bytes as usize, races).unwrap_or_default(),
         }
     }
 }
 
 impl Memory {
     /// Nothing allocated.
-    pub fn new(_config: &Config) -> Self {
-        Self::default()
+    pub fn new(config: &Config) -> Self {
+        Self {
+            allocations: BTreeMap::new(),
+            freed: BTreeMap::new(),
+            next: (0..u64::from(config.devices))
+                .map(|device| FIRST_ADDRESS + device * DEVICE_WINDOW)
+                .collect(),
+            changes: 0,
+            race: Race::new(config.checks.contains(&Kind::Race)),
+            findings: Vec::new(),
+        }
     }
 
     /// Counts the writes that changed a value: whoever spins can only be released by one.
@@ -54,19 +91,18 @@ impl Memory {
     }
 
     /// Whose accesses the host calls that follow are: a stream's, in its order.
-    pub fn set_actor(&mut self, _stream: u32, _clock: &StreamClock) {}
+    pub fn set_actor(&mut self, stream: u32, clock: &StreamClock) {
+        self.race.start_host(stream, clock);
+    }
+
+    /// The host calls that follow are nobody's in particular.
+    pub fn clear_actor(&mut self) {
+        self.race.end_host();
+    }
 
     /// `bytes` on a device; the address.
     pub fn allocate(&mut self, device: u32, bytes: u64) -> Result<u64, MemoryError> {
-        let at = 0x1000_0000_0000 + (u64::from(device) << 40) + self.next;
-        self.next += bytes.next_multiple_of(512) + 512;
-        self.allocations.insert(
-            at,
-            Allocation {
-                bytes: vec![0; bytes as usize],
-            },
-        );
-        Ok(at)
+        self.place(device, bytes, ALIGNMENT, false, false)
     }
 
     /// Room for a module's variable; nobody but its kernels and `cuMemcpy` may write it, and
@@ -75,10 +111,57 @@ impl Memory {
         &mut self,
         device: u32,
         bytes: u64,
-        _align: u64,
-        _constant: bool,
+        align: u64,
+        constant: bool,
     ) -> Result<u64, MemoryError> {
-        self.allocate(device, bytes)
+        self.place(device, bytes, align.max(ALIGNMENT), constant, true)
+    }
+
+    fn place(
+        &mut self,
+        device: u32,
+        bytes: u64,
+        align: u64,
+        constant: bool,
+        variable: bool,
+    ) -> Result<u64, MemoryError> {
+        let none = || MemoryError(format!("there is no room for {bytes} bytes"));
+        let next = self.next.get_mut(device as usize).ok_or_else(none)?;
+        let end = FIRST_ADDRESS + (u64::from(device) + 1) * DEVICE_WINDOW;
+        let at = next.checked_next_multiple_of(align).ok_or_else(none)?;
+        let after = at
+            .checked_add(bytes)
+            .and_then(|a| a.checked_add(GAP))
+            .filter(|&a| a <= end)
+            .ok_or_else(none)?;
+        let size = usize::try_from(bytes).map_err(|_| none())?;
+        let region = Region::new(size, self.race.is_on()).ok_or_else(none)?;
+        *next = after;
+        let allocation = Allocation {
+            device,
+            constant,
+            variable,
+            region,
+        };
+        self.allocations.insert(at, allocation);
+        Ok(at)
+    }
+
+    /// Makes memory of the host accessible to the devices, at its own address.
+    ///
+    /// # Safety
+    /// The memory must stay valid until it is freed here.
+    pub unsafe fn map_host(&mut self, at: *mut u8, bytes: usize, device: u32) {
+        // SAFETY: as promised by the caller.
+        let region = unsafe { Region::of_host(at, bytes, self.race.is_on()) };
+        let allocation = Allocation {
+            device,
+            constant: false,
+            variable: false,
+            region,
+        };
+        self.freed.remove(&(at as u64));
+        self.allocations.insert(at as u64, allocation);
     }
 
     /// Writes a variable's initial value, constants included.
@@ -87,63 +170,185 @@ impl Memory {
     }
 
     /// Whether an address lies in a `.const` variable.
-    pub fn is_constant(&self, _address: u64) -> bool {
-        false
+    pub fn is_constant(&self, address: u64) -> bool {
+        self.containing(address).is_some_and(|(_, a)| a.constant)
+    }
+
+    /// The allocation an address lies in, and where that begins.
+    pub fn containing(&self, address: u64) -> Option<(u64, &Allocation)> {
+        let (&base, allocation) = self.allocations.range(..=address).next_back()?;
+        (address - base < allocation.region.len().max(1) as u64).then_some((base, allocation))
     }
 
     /// Frees an allocation by its first address.
-    pub fn free(&mut self, address: u64) -> Result<(), MemoryError> {
-        let freed = self.allocations.remove(&address);
-        freed.map(|_| ()).ok_or_else(|| outside(address))
+    pub fn free(&mut self, address: u64) -> Result<Allocation, MemoryError> {
+        let Some(allocation) = self.allocations.remove(&address) else {
+            return Err(MemoryError(self.whereabouts(address)));
+        };
+        self.freed.insert(address, allocation.region.len() as u64);
+        if self.freed.len() > MOST_FREED {
+            self.freed.pop_first();
+        }
+        Ok(allocation)
+    }
+
+    /// What lies at an address, in words.
+    pub fn whereabouts(&self, address: u64) -> String {
+        if let Some((base, allocation)) = self.allocations.range(..=address).next_back() {
+            let (offset, len) = (address - base, allocation.region.len() as u64);
+            if offset < len {
+                return format!("byte {offset} of an allocation of {len} at {base:#x}");
+            }
+            let freed_after = self
+                .freed
+                .range((Bound::Excluded(*base), Bound::Included(address)))
+                .next_back();
+            if offset - len < (1 << 20) && freed_after.is_none() {
+                return format!(
+                    "{} bytes beyond the end of an allocation of {len} at {base:#x}",
+                    offset - len
+                );
+            }
+        }
+        if let Some((base, len)) = self.freed_at(address) {
+            return format!(
+                "byte {} of an allocation of {len} at {base:#x} that was freed",
+                address - base
+            );
+        }
+        if let Some((base, _)) = self.allocations.range(address..).next()
+            && base - address < 4096
+        {
+            return format!(
+                "{} bytes before the allocation at {base:#x}",
+                base - address
+            );
+        }
+        "in no allocation".to_owned()
+    }
+
+    fn freed_at(&self, address: u64) -> Option<(u64, u64)> {
+        let (&base, &len) = self.freed.range(..=address).next_back()?;
+        (address - base < len).then_some((base, len))
+    }
+
+    fn find(&self, address: u64, len: usize) -> Result<(u64, &Allocation), MemoryError> {
+        let found = self.containing(address);
+        found
+            .filter(|(base, a)| (address - base) as usize + len <= a.region.len())
+            .ok_or_else(|| {
+                MemoryError(format!(
+                    "{len} bytes at {address:#x}: {}",
+                    self.whereabouts(address + if found.is_some() { len as u64 } else { 0 })
+                ))
+            })
+    }
+
+    /// Whether `len` bytes from `address` lie in one allocation.
+    pub fn check(&self, address: u64, len: usize) -> Result<(), MemoryError> {
+        self.find(address, len).map(|_| ())
+    }
+
+    fn host_access(&mut self, address: u64, len: usize, writes: bool) -> Result<(), MemoryError> {
+        let (base, _) = self.find(address, len)?;
+        let at = (address - base) as usize;
+        let Some(allocation) = self.allocations.get_mut(&base) else {
+            return Ok(());
+        };
+        if let Some(shadow) = &mut allocation.region.shadow {
+            if let Some(conflict) = shadow.host(&mut self.race, at, at + len, writes) {
+                let finding = race_finding(&self.race, &conflict, address, writes);
+                self.findings.push(finding);
+            }
+            if self.race.host_is_nobody() && writes {
+                shadow.forget(at, at + len);
+            }
+        }
+        if writes {
+            allocation
+                .region
+                .flags
+                .retain(|&offset, _| (offset as usize + 8) <= at || offset as usize >= at + len);
+        }
+        Ok(())
     }
 
     /// Reads for the host.
-    pub fn read(&self, address: u64, out: &mut [u8]) -> Result<(), MemoryError> {
-        let (bytes, at) = self
-            .find(address, out.len())
-            .map_err(|_| outside(address))?;
-        out.copy_from_slice(&bytes[at..at + out.len()]);
+    pub fn read(&mut self, address: u64, out: &mut [u8]) -> Result<(), MemoryError> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        self.host_access(address, out.len(), false)?;
+        let (base, allocation) = self.find(address, out.len())?;
+        let at = (address - base) as usize;
+        out.copy_from_slice(&allocation.region.bytes()[at..at + out.len()]);
         Ok(())
     }
 
     /// Writes for the host.
     pub fn write(&mut self, address: u64, data: &[u8]) -> Result<(), MemoryError> {
-        let (bytes, at) = self
-            .find_mut(address, data.len())
-            .map_err(|_| outside(address))?;
-        bytes[at..at + data.len()].copy_from_slice(data);
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.host_access(address, data.len(), true)?;
+        let (base, _) = self.find(address, data.len())?;
+        let at = (address - base) as usize;
+        if let Some(allocation) = self.allocations.get_mut(&base) {
+            allocation.region.bytes_mut()[at..at + data.len()].copy_from_slice(data);
+            allocation.region.mark_range(at, at + data.len(), true);
+        }
+        self.changes += 1;
         Ok(())
     }
 
-    fn find(&self, address: u64, len: usize) -> Result<(&[u8], usize), Fault> {
-        let (base, allocation) = self
-            .allocations
-            .range(..=address)
-            .next_back()
-            .ok_or(Fault::IllegalAddress)?;
-        let at = (address - base) as usize;
-        if at + len > allocation.bytes.len() {
-            return Err(Fault::IllegalAddress);
+    /// Copies between allocations; what nobody wrote stays unwritten.
+    pub fn copy(&mut self, to: u64, from: u64, len: usize) -> Result<(), MemoryError> {
+        let mut bytes = vec![0; len];
+        self.read(from, &mut bytes)?;
+        let unwritten: Vec<usize> = {
+            let (base, allocation) = self.find(from, len.max(1))?;
+            let at = (from - base) as usize;
+            if allocation.region.is_written() {
+                Vec::new()
+            } else {
+                (0..len)
+                    .filter(|i| allocation.region.unwritten(at + i, 1) != 0)
+                    .collect()
+            }
+        };
+        self.write(to, &bytes)?;
+        if !unwritten.is_empty() {
+            let (base, _) = self.find(to, len)?;
+            let at = (to - base) as usize;
+            if let Some(allocation) = self.allocations.get_mut(&base) {
+                for i in unwritten {
+                    allocation.region.mark_range(at + i, at + i + 1, false);
+                }
+            }
         }
-        Ok((&allocation.bytes, at))
-    }
-
-    fn find_mut(&mut self, address: u64, len: usize) -> Result<(&mut [u8], usize), Fault> {
-        let (base, allocation) = self
-            .allocations
-            .range_mut(..=address)
-            .next_back()
-            .ok_or(Fault::IllegalAddress)?;
-        let at = (address - base) as usize;
-        if at + len > allocation.bytes.len() {
-            return Err(Fault::IllegalAddress);
-        }
-        Ok((&mut allocation.bytes, at))
+        Ok(())
     }
 }
 
-fn outside(address: u64) -> MemoryError {
-    MemoryError(format!("{address:#x} lies in no allocation"))
+fn race_finding(race: &Race, conflict: &Conflict, address: u64, writes: bool) -> Finding {
+    let (place, thread) = (None, None);
+    Finding {
+        kind: Kind::Race,
+        place,
+        thread,
+        address: Some(address),
+        other: Some(race.describe(conflict.other, conflict.other_op)),
+        message: format!(
+            "the host's {} and an earlier {} of the same bytes, in {}",
+            if writes { "write" } else { "read" },
+            if conflict.other_wrote {
+                "write"
+            } else {
+                "read"
+            },
+            race.missing(conflict.this, conflict.other)
+        ),
+    }
 }
 
 /// The space and the offset or address in it.
@@ -161,61 +366,322 @@ fn resolve(space: Space, address: u64) -> (Space, u64) {
     (space_then, offset)
 }
 
-fn word(bytes: &[u8], at: usize) -> u32 {
-    let mut word = [0; 4];
-    let n = bytes.len().saturating_sub(at).min(4);
-    word[..n].copy_from_slice(&bytes[at..at + n]);
-    u32::from_le_bytes(word)
+/// What an access does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Doing {
+    Load,
+    Store,
+    Atomic,
+}
+
+impl Doing {
+    fn word(self) -> &'static str {
+        match self {
+            Doing::Load => "read",
+            Doing::Store => "write",
+            Doing::Atomic => "atomic operation",
+        }
+    }
+}
+
+fn misaligned(cx: &mut Cx, lane: usize, address: u64, bytes: u32, doing: Doing) -> Fault {
+    let message = format!(
+        "a {} of {bytes} bytes at an address that is no multiple of {bytes}",
+        doing.word()
+    );
+    cx.report(Kind::Misaligned, lane, Some(address), message);
+    Fault::MisalignedAddress
+}
+
+fn outside(
+    cx: &mut Cx,
+    lane: usize,
+    space: Space,
+    address: u64,
+    bytes: u32,
+    doing: Doing,
+) -> Fault {
+    let memory = &cx.world.memory;
+    let (kind, place) = match space {
+        Space::Shared => {
+            let len = cx.block.shared.region.len();
+            let place = format!("offset {address} of the block's {len} bytes of shared memory");
+            (Kind::OutOfBounds, place)
+        }
+        Space::Local => {
+            let len = cx.warp.local.len();
+            let place = format!("offset {address} of the thread's {len} bytes of local memory");
+            (Kind::OutOfBounds, place)
+        }
+        Space::Param => (
+            Kind::OutOfBounds,
+            format!("offset {address} of the parameters"),
+        ),
+        _ => {
+            let last = address.saturating_add(u64::from(bytes) - 1);
+            let first_inside = memory.containing(address).is_some();
+            let at = if first_inside { last } else { address };
+            let kind = if memory.containing(at).is_none() && memory.freed_at(at).is_some() {
+                Kind::UseAfterFree
+            } else {
+                Kind::OutOfBounds
+            };
+            (kind, memory.whereabouts(at))
+        }
+    };
+    let message = format!("a {} of {bytes} bytes: {place}", doing.word());
+    cx.report(kind, lane, Some(address), message);
+    Fault::IllegalAddress
+}
+
+#[cold]
+fn report_race(cx: &mut Cx, lane: usize, address: u64, conflict: &Conflict, doing: Doing) {
+    if !cx.world.findings.is_first(Kind::Race, cx.op.id) {
+        return;
+    }
+    let race = &cx.world.memory.race;
+    let earlier = if conflict.other_wrote {
+        "write"
+    } else {
+        "read"
+    };
+    let message = if conflict.non_coherent {
+        format!(
+            "a {} of bytes with an earlier {earlier}, one of them through the non-coherent path \
+             (ld.global.nc), which wants memory that nobody writes while the kernel runs",
+            doing.word()
+        )
+    } else {
+        format!(
+            "a {} and an earlier {earlier} of the same bytes with nothing between them, in {}",
+            doing.word(),
+            race.missing(conflict.this, conflict.other)
+        )
+    };
+    let other = race.describe(conflict.other, conflict.other_op);
+    let finding = Finding {
+        kind: Kind::Race,
+        place: Some((*cx.op.place).clone()),
+        thread: Some(cx.thread(lane)),
+        address: Some(address),
+        other: Some(other),
+        message,
+    };
+    cx.world.findings.report(finding);
+}
+
+/// The bytes of a word that lie in `at..at + n`.
+#[inline(always)]
+fn byte_mask(word: u32, at: u32, n: u32) -> u8 {
+    let from = at.saturating_sub(4 * word).min(4);
+    let to = (at + n).saturating_sub(4 * word).min(4);
+    ((1u32 << to) - (1u32 << from)) as u8
+}
+
+/// Race checks and flags of one lane's access to a region.
+#[inline(always)]
+fn check_race(
+    cx: &mut Cx,
+    access: &Access,
+    lane: usize,
+    base: Option<u64>,
+    offset: u32,
+    doing: Doing,
+) {
+    let strong = (access.order != Order::Weak).then_some(access.scope);
+    let conflict = {
+        let memory = &mut cx.world.memory;
+        if !memory.race.is_on() {
+            return;
+        }
+        let region = match base {
+            None => &mut cx.block.shared.region,
+            Some(base) => match memory.allocations.get_mut(&base) {
+                Some(allocation) => &mut allocation.region,
+                None => return,
+            },
+        };
+        let Some(shadow) = &mut region.shadow else {
+            return;
+        };
+        let race = &mut memory.race;
+        let mut agent = Agent {
+            block: cx.block.uid,
+            warp: cx.warp.index,
+            lane,
+            clock: &mut cx.warp.clock,
+            launch: &cx.launch.clock,
+            device: cx.launch.device,
+            op: cx.op.id,
+            strong,
+            non_coherent: access.non_coherent,
+        };
+        // An atomic's release takes effect after its check, an acquire before it would hide
+        // nothing: the flag itself is accessed strongly.
+        let mut conflict = None;
+        for word in offset / 4..(offset + access.bytes).div_ceil(4) {
+            let bytes = byte_mask(word, offset, access.bytes);
+            let found = match doing {
+                Doing::Load => shadow.read(race, &mut agent, word, bytes),
+                Doing::Store | Doing::Atomic => shadow.write(race, &agent, word, bytes),
+            };
+            conflict = conflict.or(found);
+        }
+        let (reads, writes) = (doing != Doing::Store, doing != Doing::Load);
+        if strong.is_some() && (writes || !region.flags.is_empty()) {
+            race::flag(
+                &mut region.flags,
+                &mut agent,
+                offset,
+                access.bytes,
+                access.order,
+                access.scope,
+                (reads, writes),
+            );
+        } else if writes && !region.flags.is_empty() {
+            region.flags.remove(&offset);
+        }
+        conflict
+    };
+    if let Some(conflict) = conflict {
+        let address = base.unwrap_or(SHARED_WINDOW) + u64::from(offset);
+        report_race(cx, lane, address, &conflict, doing);
+    }
+}
+
+/// Where the last access of a warp found its allocation: most lanes find theirs there too.
+struct Found {
+    base: u64,
+    len: u64,
+}
+
+/// The allocation of an access, with its bounds checked.
+#[inline(always)]
+fn locate(cx: &Cx, last: &mut Option<Found>, address: u64, bytes: u32) -> Option<(u64, u64)> {
+    if let Some(found) = last
+        && address >= found.base
+        && address - found.base + u64::from(bytes) <= found.len
+    {
+        return Some((found.base, address - found.base));
+    }
+    let (base, allocation) = cx.world.memory.containing(address)?;
+    let len = allocation.region.len() as u64;
+    *last = Some(Found { base, len });
+    (address - base + u64::from(bytes) <= len).then_some((base, address - base))
+}
+
+fn note(cx: &mut Cx, access: &Access) {
+    let race = &mut cx.world.memory.race;
+    if race.is_on() {
+        race.note(
+            cx.op.id,
+            &cx.op.place,
+            access.order,
+            access.scope,
+            access.non_coherent,
+        );
+    }
+}
+
+/// Puts `n` bytes and their undefined bits into a lane of the data.
+#[inline(always)]
+fn put(data: &mut Data, lane: usize, bytes: &[u8], undef: u32) {
+    for (w, chunk) in bytes.chunks(4).enumerate() {
+        let mut word = [0; 4];
+        word[..chunk.len()].copy_from_slice(chunk);
+        data.words[w][lane] = u32::from_le_bytes(word);
+    }
+    if undef != 0 {
+        for i in 0..bytes.len() {
+            data.undef[i / 4][i % 4] |= (undef >> i & 1) << lane;
+        }
+    }
+}
+
+fn take(data: &Data, lane: usize, n: usize) -> ([u8; 32], u32) {
+    let mut bytes = [0; 32];
+    let mut undef = 0;
+    for w in 0..n.div_ceil(4) {
+        bytes[4 * w..4 * w + 4].copy_from_slice(&data.words[w][lane].to_le_bytes());
+        for b in 0..4 {
+            undef |= (data.undef[w][b] >> lane & 1) << (4 * w + b);
+        }
+    }
+    (bytes, undef)
 }
 
 pub(super) fn load(cx: &mut Cx, access: &Access, data: &mut Data) -> Result<(), Fault> {
     let n = access.bytes as usize;
+    let mut last = None;
+    note(cx, access);
+    // The parameters are read by all lanes at once more often than not.
     for lane in lanes(access.mask) {
-        let mut bytes = [0u8; 32];
-        let mut undef = [false; 32];
         let (space, at) = resolve(access.space, access.addresses[lane]);
         if at % u64::from(access.bytes) != 0 {
-            return Err(Fault::MisalignedAddress);
+            return Err(misaligned(cx, lane, at, access.bytes, Doing::Load));
         }
         match space {
             Space::Global | Space::Const | Space::Generic => {
-                let (source, at) = cx.world.memory.find(at, n)?;
-                bytes[..n].copy_from_slice(&source[at..at + n]);
-            }
-            Space::Shared => {
-                let at = at as usize;
-                let source = cx
-                    .block
-                    .shared
-                    .bytes
-                    .get(at..at + n)
-                    .ok_or(Fault::IllegalAddress)?;
-                bytes[..n].copy_from_slice(source);
-            }
-            Space::Param => {
-                let at = at as usize;
-                let source = cx
-                    .launch
-                    .params
-                    .get(at..at + n)
-                    .ok_or(Fault::IllegalAddress)?;
-                bytes[..n].copy_from_slice(source);
-            }
-            Space::Local => {
-                for i in 0..n {
-                    (bytes[i], undef[i]) = cx
-                        .warp
-                        .local
-                        .byte(lane, at + i as u64)
-                        .ok_or(Fault::IllegalAddress)?;
+                let Some((base, offset)) = locate(cx, &mut last, at, access.bytes) else {
+                    return Err(outside(cx, lane, space, at, access.bytes, Doing::Load));
+                };
+                check_race(cx, access, lane, Some(base), offset as u32, Doing::Load);
+                if let Some(allocation) = cx.world.memory.allocations.get(&base) {
+                    let offset = offset as usize;
+                    let undef = allocation.region.unwritten(offset, n);
+                    put(
+                        data,
+                        lane,
+                        &allocation.region.bytes()[offset..offset + n],
+                        undef,
+                    );
                 }
             }
-        }
-        for w in 0..n.div_ceil(4) {
-            data.words[w][lane] = word(&bytes[..n], 4 * w);
-            for b in 0..4 {
-                let bit = u32::from(undef[4 * w + b]) << lane;
-                data.undef[w][b] = (data.undef[w][b] & !(1 << lane)) | bit;
+            Space::Shared => {
+                if at + n as u64 > cx.block.shared.region.len() as u64 {
+                    return Err(outside(cx, lane, space, at, access.bytes, Doing::Load));
+                }
+                check_race(cx, access, lane, None, at as u32, Doing::Load);
+                let region = &cx.block.shared.region;
+                let at = at as usize;
+                put(
+                    data,
+                    lane,
+                    &region.bytes()[at..at + n],
+                    region.unwritten(at, n),
+                );
+            }
+            Space::Param if at < FRAME_PARAMS => {
+                let at = at as usize;
+                match cx.launch.params.get(at..at + n) {
+                    Some(source) => put(data, lane, source, 0),
+                    None => {
+                        let at = at as u64;
+                        return Err(outside(cx, lane, space, at, access.bytes, Doing::Load));
+                    }
+                }
+            }
+            Space::Param | Space::Local => {
+                let (memory, offset) = match space {
+                    Space::Local => (&cx.warp.local, at),
+                    _ => (&*cx.params, at - FRAME_PARAMS),
+                };
+                let mut bytes = [0u8; 32];
+                let mut undef = 0;
+                let mut inside = true;
+                for (i, byte) in bytes[..n].iter_mut().enumerate() {
+                    match memory.byte(lane, offset + i as u64) {
+                        Some((value, undefined)) => {
+                            *byte = value;
+                            undef |= u32::from(undefined) << i;
+                        }
+                        None => inside = false,
+                    }
+                }
+                if !inside {
+                    return Err(outside(cx, lane, space, at, access.bytes, Doing::Load));
+                }
+                put(data, lane, &bytes[..n], undef);
             }
         }
     }
@@ -224,41 +690,100 @@ pub(super) fn load(cx: &mut Cx, access: &Access, data: &mut Data) -> Result<(), 
 
 pub(super) fn store(cx: &mut Cx, access: &Access, data: &Data) -> Result<(), Fault> {
     let n = access.bytes as usize;
+    let mut last = None;
+    note(cx, access);
     for lane in lanes(access.mask) {
-        let mut bytes = [0u8; 32];
-        for w in 0..n.div_ceil(4) {
-            bytes[4 * w..4 * w + 4].copy_from_slice(&data.words[w][lane].to_le_bytes());
-        }
         let (space, at) = resolve(access.space, access.addresses[lane]);
         if at % u64::from(access.bytes) != 0 {
-            return Err(Fault::MisalignedAddress);
+            return Err(misaligned(cx, lane, at, access.bytes, Doing::Store));
         }
-        cx.world.memory.changes += 1;
+        let (bytes, undef) = take(data, lane, n);
         match space {
             Space::Global | Space::Generic => {
-                let (target, at) = cx.world.memory.find_mut(at, n)?;
-                target[at..at + n].copy_from_slice(&bytes[..n]);
+                store_global(
+                    cx,
+                    access,
+                    lane,
+                    at,
+                    &bytes[..n],
+                    undef,
+                    &mut last,
+                    Doing::Store,
+                )?;
             }
             Space::Shared => {
+                if at + n as u64 > cx.block.shared.region.len() as u64 {
+                    return Err(outside(cx, lane, space, at, access.bytes, Doing::Store));
+                }
+                check_race(cx, access, lane, None, at as u32, Doing::Store);
+                let region = &mut cx.block.shared.region;
                 let at = at as usize;
-                let target = cx
-                    .block
-                    .shared
-                    .bytes
-                    .get_mut(at..at + n)
-                    .ok_or(Fault::IllegalAddress)?;
+                let target = &mut region.bytes_mut()[at..at + n];
+                cx.world.memory.changes += u64::from(*target != bytes[..n]);
                 target.copy_from_slice(&bytes[..n]);
+                region.mark(at, n, undef);
             }
             Space::Local => {
                 for (i, &byte) in bytes[..n].iter().enumerate() {
-                    let undef = data.undef[i / 4][i % 4] >> lane & 1 != 0;
-                    if !cx.warp.local.set_byte(lane, at + i as u64, byte, undef) {
-                        return Err(Fault::IllegalAddress);
+                    let undefined = undef >> i & 1 != 0;
+                    let offset = at + i as u64;
+                    if !cx.warp.local.set_byte(lane, offset, byte, undefined) {
+                        return Err(outside(cx, lane, space, at, access.bytes, Doing::Store));
                     }
                 }
             }
-            Space::Param | Space::Const => return Err(Fault::IllegalAddress),
+            Space::Param if at >= FRAME_PARAMS => {
+                for (i, &byte) in bytes[..n].iter().enumerate() {
+                    let undefined = undef >> i & 1 != 0;
+                    let offset = at - FRAME_PARAMS + i as u64;
+                    if !cx.params.set_byte(lane, offset, byte, undefined) {
+                        return Err(outside(cx, lane, space, at, access.bytes, Doing::Store));
+                    }
+                }
+            }
+            Space::Param | Space::Const => {
+                let message = format!("a write of {n} bytes to the kernel's parameters");
+                cx.report(Kind::ReadOnly, lane, Some(at), message);
+                return Err(Fault::InvalidAddressSpace);
+            }
         }
+    }
+    Ok(())
+}
+
+#[allow(clippy::too_many_arguments)]
+fn store_global(
+    cx: &mut Cx,
+    access: &Access,
+    lane: usize,
+    at: u64,
+    bytes: &[u8],
+    undef: u32,
+    last: &mut Option<Found>,
+    doing: Doing,
+) -> Result<(), Fault> {
+    let n = bytes.len();
+    let Some((base, offset)) = locate(cx, last, at, access.bytes) else {
+        return Err(outside(cx, lane, Space::Global, at, access.bytes, doing));
+    };
+    if cx.world.memory.is_constant(at) {
+        let message = format!("a {} of {n} bytes in a constant variable", doing.word());
+        cx.report(Kind::ReadOnly, lane, Some(at), message);
+        return Err(Fault::IllegalAddress);
+    }
+    if undef != 0 && cx.world.findings.is_first(Kind::Uninitialised, cx.op.id) {
+        let message = format!(
+            "a value nobody wrote (bytes {undef:#x} of {n}) goes into a result in global memory"
+        );
+        cx.report(Kind::Uninitialised, lane, Some(at), message);
+    }
+    check_race(cx, access, lane, Some(base), offset as u32, doing);
+    if let Some(allocation) = cx.world.memory.allocations.get_mut(&base) {
+        let offset = offset as usize;
+        let target = &mut allocation.region.bytes_mut()[offset..offset + n];
+        cx.world.memory.changes += u64::from(*target != *bytes);
+        target.copy_from_slice(bytes);
+        allocation.region.mark(offset, n, undef);
     }
     Ok(())
 }
@@ -269,24 +794,66 @@ pub(super) fn atomic(
     old: &mut Data,
     update: &mut dyn FnMut(usize, u64) -> Option<u64>,
 ) -> Result<(), Fault> {
+    let n = access.bytes as usize;
+    let mut last = None;
+    note(cx, access);
     for lane in lanes(access.mask) {
-        let one = Access {
-            mask: 1 << lane,
-            ..*access
-        };
-        load(cx, &one, old)?;
-        let value = u64::from(old.words[0][lane]) | u64::from(old.words[1][lane]) << 32;
-        let value = if access.bytes == 8 {
-            value
-        } else {
-            value & 0xffff_ffff
-        };
-        if let Some(new) = update(lane, value) {
-            let mut data = Data::default();
-            data.words[0][lane] = new as u32;
-            data.words[1][lane] = (new >> 32) as u32;
-            store(cx, &one, &data)?;
+        let (space, at) = resolve(access.space, access.addresses[lane]);
+        if at % u64::from(access.bytes) != 0 {
+            return Err(misaligned(cx, lane, at, access.bytes, Doing::Atomic));
         }
+        let (base, offset) = match space {
+            Space::Global | Space::Generic => match locate(cx, &mut last, at, access.bytes) {
+                Some((base, offset)) => (Some(base), offset),
+                None => return Err(outside(cx, lane, space, at, access.bytes, Doing::Atomic)),
+            },
+            Space::Shared if at + n as u64 <= cx.block.shared.region.len() as u64 => (None, at),
+            space => return Err(outside(cx, lane, space, at, access.bytes, Doing::Atomic)),
+        };
+        if base.is_some() && cx.world.memory.is_constant(at) {
+            let message = "an atomic operation on a constant variable".to_owned();
+            cx.report(Kind::ReadOnly, lane, Some(at), message);
+            return Err(Fault::IllegalAddress);
+        }
+        let offset = offset as usize;
+        let region = |cx: &mut Cx| -> (u64, u32) {
+            let region = match base {
+                None => &cx.block.shared.region,
+                Some(base) => match cx.world.memory.allocations.get(&base) {
+                    Some(allocation) => &allocation.region,
+                    None => return (0, 0),
+                },
+            };
+            let mut bytes = [0; 8];
+            bytes[..n].copy_from_slice(&region.bytes()[offset..offset + n]);
+            (u64::from_le_bytes(bytes), region.unwritten(offset, n))
+        };
+        let (value, undef) = region(cx);
+        let new = update(lane, value);
+        // A compare-and-swap that fails has only read.
+        let doing = if new.is_some() {
+            Doing::Atomic
+        } else {
+            Doing::Load
+        };
+        check_race(cx, access, lane, base, offset as u32, doing);
+        if undef != 0 && cx.world.findings.is_first(Kind::Uninitialised, cx.op.id) {
+            let message = "an atomic operation on memory that nobody wrote".to_owned();
+            cx.report(Kind::Uninitialised, lane, Some(at), message);
+        }
+        put(old, lane, &value.to_le_bytes()[..n], 0);
+        let Some(new) = new else { continue };
+        let region = match base {
+            None => &mut cx.block.shared.region,
+            Some(base) => match cx.world.memory.allocations.get_mut(&base) {
+                Some(allocation) => &mut allocation.region,
+                None => continue,
+            },
+        };
+        let bytes = new.to_le_bytes();
+        region.bytes_mut()[offset..offset + n].copy_from_slice(&bytes[..n]);
+        region.mark(offset, n, 0);
+        cx.world.memory.changes += u64::from(bytes[..n] != value.to_le_bytes()[..n]);
     }
     Ok(())
 }

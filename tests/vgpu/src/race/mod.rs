@@ -331,6 +331,11 @@ impl Race {
         self.host = Some((self.actors.len() as u64 - 1, clock));
     }
 
+    /// Whether the host's accesses are nobody's in particular.
+    pub fn host_is_nobody(&self) -> bool {
+        self.host.is_none()
+    }
+
     /// The piece of work is done.
     pub fn end_host(&mut self) {
         self.host = None;

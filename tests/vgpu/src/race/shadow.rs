@@ -52,7 +52,7 @@ struct Reader {
 
 /// All sets of reads.
 #[derive(Debug, Default)]
-pub struct Readers {
+pub(super) struct Readers {
     /// Set `n` is number `n - first` here; 0 is the empty set.
     first: u32,
     list: Vec<(Reader, u32)>,
@@ -280,8 +280,13 @@ impl Shadow {
         let mut set = set;
         // What comes before this read in every order needs no memory of its own.
         while let Some(&(reader, _)) = race.readers.get(set) {
-            let same = (reader.block, reader.warp, reader.time, reader.op, reader.bytes)
-                == (block, warp, time, agent.op, bytes);
+            let same = (
+                reader.block,
+                reader.warp,
+                reader.time,
+                reader.op,
+                reader.bytes,
+            ) == (block, warp, time, agent.op, bytes);
             if same {
                 if reader.lanes >> agent.lane & 1 != 0 {
                     return set;
@@ -306,8 +311,13 @@ impl Shadow {
             let Some((reader, _)) = race.readers.get(at) else {
                 break;
             };
-            if (reader.block, reader.warp, reader.time, reader.op, reader.bytes)
-                == (block, warp, time, agent.op, bytes)
+            if (
+                reader.block,
+                reader.warp,
+                reader.time,
+                reader.op,
+                reader.bytes,
+            ) == (block, warp, time, agent.op, bytes)
                 && reader.lanes >> agent.lane & 1 != 0
             {
                 return set;
@@ -330,13 +340,7 @@ impl Shadow {
 
     /// A write of some bytes of a word.
     #[inline(always)]
-    pub fn write(
-        &mut self,
-        race: &Race,
-        agent: &Agent,
-        word: u32,
-        bytes: u8,
-    ) -> Option<Conflict> {
+    pub fn write(&mut self, race: &Race, agent: &Agent, word: u32, bytes: u8) -> Option<Conflict> {
         let cell = *self.cells.get(word as usize)?;
         let mut conflict = self.check_write(race, agent, word, &cell, bytes);
         if cell.reads != 0 && conflict.is_none() {
@@ -372,7 +376,11 @@ impl Shadow {
         let parts = self.split.entry(word).or_insert_with(|| {
             std::array::from_fn(|b| {
                 let has = before.is_some_and(|m| m >> b & 1 != 0);
-                if has { (cell.write, cell.write_op >> 4) } else { (0, 0) }
+                if has {
+                    (cell.write, cell.write_op >> 4)
+                } else {
+                    (0, 0)
+                }
             })
         });
         for (b, part) in parts.iter_mut().enumerate() {
@@ -439,7 +447,10 @@ fn check_reads(race: &Race, agent: &Agent, set: u32, bytes: u8) -> Option<Confli
             continue;
         }
         let epoch = |lane| Epoch::new(reader.block, reader.warp, lane, reader.time);
-        let non_coherent = race.accesses.get(&reader.op).is_some_and(|a| a.non_coherent);
+        let non_coherent = race
+            .accesses
+            .get(&reader.op)
+            .is_some_and(|a| a.non_coherent);
         if non_coherent && reader.block >= agent.launch.first {
             let actor = race.actors[reader.block as usize];
             if (actor.stream, actor.number) == (agent.launch.stream, agent.launch.number) {
