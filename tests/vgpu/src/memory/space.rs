@@ -8,7 +8,7 @@ use super::{
     Access, Data, FRAME_PARAMS, LOCAL_WINDOW, Order, PARAM_WINDOW, SHARED_WINDOW, Space, space_of,
 };
 use crate::finding::{Fault, Finding, Kind};
-use crate::machine::{Config, Cx};
+use crate::machine::{Config, Cx, World};
 use crate::race::{self, Agent, Conflict, Race, StreamClock};
 use crate::registers::lanes;
 
@@ -488,7 +488,6 @@ fn check_race(
     offset: u32,
     doing: Doing,
 ) {
-    let strong = (access.order != Order::Weak).then_some(access.scope);
     let conflict = {
         let memory = &mut cx.world.memory;
         if !memory.race.is_on() {
@@ -501,10 +500,6 @@ fn check_race(
                 None => return,
             },
         };
-        let Some(shadow) = &mut region.shadow else {
-            return;
-        };
-        let race = &mut memory.race;
         let mut agent = Agent {
             block: cx.block.uid,
             warp: cx.warp.index,
@@ -513,40 +508,97 @@ fn check_race(
             launch: &cx.launch.clock,
             device: cx.launch.device,
             op: cx.op.id,
-            strong,
+            strong: (access.order != Order::Weak).then_some(access.scope),
             non_coherent: access.non_coherent,
         };
-        // An atomic's release takes effect after its check, an acquire before it would hide
-        // nothing: the flag itself is accessed strongly.
-        let mut conflict = None;
-        for word in offset / 4..(offset + access.bytes).div_ceil(4) {
-            let bytes = byte_mask(word, offset, access.bytes);
-            let found = match doing {
-                Doing::Load => shadow.read(race, &mut agent, word, bytes),
-                Doing::Store | Doing::Atomic => shadow.write(race, &agent, word, bytes),
-            };
-            conflict = conflict.or(found);
-        }
-        let (reads, writes) = (doing != Doing::Store, doing != Doing::Load);
-        if strong.is_some() && (writes || !region.flags.is_empty()) {
-            race::flag(
-                &mut region.flags,
-                &mut agent,
-                offset,
-                access.bytes,
-                access.order,
-                access.scope,
-                (reads, writes),
-            );
-        } else if writes && !region.flags.is_empty() {
-            region.flags.remove(&offset);
-        }
-        conflict
+        check_region(region, &mut memory.race, &mut agent, access, offset, doing)
     };
     if let Some(conflict) = conflict {
         let address = base.unwrap_or(SHARED_WINDOW) + u64::from(offset);
         report_race(cx, lane, address, &conflict, doing);
     }
+}
+
+/// As [`check_race`], where the region is at hand.
+#[inline(always)]
+fn check_region(
+    region: &mut Region,
+    race: &mut Race,
+    agent: &mut Agent,
+    access: &Access,
+    offset: u32,
+    doing: Doing,
+) -> Option<Conflict> {
+    let shadow = region.shadow.as_mut()?;
+    let mut conflict = None;
+    for word in offset / 4..(offset + access.bytes).div_ceil(4) {
+        let bytes = byte_mask(word, offset, access.bytes);
+        let found = match doing {
+            Doing::Load => shadow.read(race, agent, word, bytes),
+            Doing::Store | Doing::Atomic => shadow.write(race, agent, word, bytes),
+        };
+        conflict = conflict.or(found);
+    }
+    let (reads, writes) = (doing != Doing::Store, doing != Doing::Load);
+    if agent.strong.is_some() && (writes || !region.flags.is_empty()) {
+        race::flag(
+            &mut region.flags,
+            agent,
+            offset,
+            access.bytes,
+            access.order,
+            access.scope,
+            (reads, writes),
+        );
+    } else if writes && !region.flags.is_empty() {
+        region.flags.remove(&offset);
+    }
+    conflict
+}
+
+/// The region in which all lanes of an access lie, its first address, and whether it is the
+/// block's shared memory; None if they do not, or if anything is wrong with any of them, which
+/// is then for the lane-by-lane path to report.
+#[inline(always)]
+fn common_region<'a>(
+    world: &'a mut World,
+    shared: &'a mut SharedMemory,
+    access: &Access,
+    writes: bool,
+) -> Option<(&'a mut Region, &'a mut Race, u64, bool)> {
+    let first = access.addresses[access.mask.trailing_zeros() as usize & 31];
+    let (mut low, mut high, mut bits) = (first, first, 0);
+    for lane in lanes(access.mask) {
+        let address = access.addresses[lane];
+        low = low.min(address);
+        high = high.max(address);
+        bits |= address;
+    }
+    if bits & u64::from(access.bytes - 1) != 0 {
+        return None;
+    }
+    let (space, _) = resolve(access.space, first);
+    let memory = &mut world.memory;
+    let (region, base, is_shared) = match space {
+        Space::Shared => {
+            let generic = access.space == Space::Generic;
+            let base = if generic { SHARED_WINDOW } else { 0 };
+            (&mut shared.region, base, true)
+        }
+        Space::Global | Space::Const | Space::Generic => {
+            let (&base, allocation) = memory.allocations.range_mut(..=first).next_back()?;
+            if writes && allocation.constant {
+                return None;
+            }
+            (&mut allocation.region, base, false)
+        }
+        Space::Local | Space::Param => return None,
+    };
+    let inside = low >= base
+        && high
+            .checked_add(u64::from(access.bytes))
+            .is_some_and(|end| end - base <= region.len() as u64);
+    inside.then_some((region, &mut memory.race, base, is_shared))
 }
 
 /// Where the last access of a warp found its allocation: most lanes find theirs there too.
@@ -610,11 +662,143 @@ fn take(data: &Data, lane: usize, n: usize) -> ([u8; 32], u32) {
     (bytes, undef)
 }
 
+/// A load whose lanes all lie in one region; false if they do not.
+fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
+    let Some((region, race, base, is_shared)) =
+        common_region(cx.world, &mut cx.block.shared, access, false)
+    else {
+        return false;
+    };
+    let n = access.bytes as usize;
+    let mut found = None;
+    if race.is_on() {
+        let mut agent = Agent {
+            block: cx.block.uid,
+            warp: cx.warp.index,
+            lane: 0,
+            clock: &mut cx.warp.clock,
+            launch: &cx.launch.clock,
+            device: cx.launch.device,
+            op: cx.op.id,
+            strong: (access.order != Order::Weak).then_some(access.scope),
+            non_coherent: access.non_coherent,
+        };
+        for lane in lanes(access.mask) {
+            agent.lane = lane;
+            let offset = (access.addresses[lane] - base) as u32;
+            let conflict = check_region(region, race, &mut agent, access, offset, Doing::Load);
+            if let Some(conflict) = conflict {
+                found = found.or(Some((lane, conflict)));
+            }
+        }
+    }
+    if n >= 4 {
+        let bytes = region.bytes();
+        for lane in lanes(access.mask) {
+            let at = (access.addresses[lane] - base) as usize;
+            for (words, chunk) in data.words.iter_mut().zip(bytes[at..at + n].chunks_exact(4)) {
+                words[lane] = u32::from_le_bytes([chunk[0], chunk[1], chunk[2], chunk[3]]);
+            }
+        }
+        if !region.is_written() {
+            for lane in lanes(access.mask) {
+                let at = (access.addresses[lane] - base) as usize;
+                let undef = region.unwritten(at, n);
+                for i in 0..n {
+                    data.undef[i / 4][i % 4] |= (undef >> i & 1) << lane;
+                }
+            }
+        }
+    } else {
+        for lane in lanes(access.mask) {
+            let at = (access.addresses[lane] - base) as usize;
+            let undef = region.unwritten(at, n);
+            put(data, lane, &region.bytes()[at..at + n], undef);
+        }
+    }
+    if let Some((lane, conflict)) = found {
+        let window = if is_shared && base == 0 {
+            SHARED_WINDOW
+        } else {
+            0
+        };
+        let address = access.addresses[lane] + window;
+        report_race(cx, lane, address, &conflict, Doing::Load);
+    }
+    true
+}
+
+/// A store whose lanes all lie in one region and whose values are defined; false otherwise.
+fn store_together(cx: &mut Cx, access: &Access, data: &Data) -> bool {
+    let n = access.bytes as usize;
+    let undef = data.undef[..n.div_ceil(4)].iter().flatten();
+    if undef.fold(0, |all, plane| all | plane) & access.mask != 0 {
+        return false;
+    }
+    let Some((region, race, base, is_shared)) =
+        common_region(cx.world, &mut cx.block.shared, access, true)
+    else {
+        return false;
+    };
+    let mut found = None;
+    if race.is_on() {
+        let mut agent = Agent {
+            block: cx.block.uid,
+            warp: cx.warp.index,
+            lane: 0,
+            clock: &mut cx.warp.clock,
+            launch: &cx.launch.clock,
+            device: cx.launch.device,
+            op: cx.op.id,
+            strong: (access.order != Order::Weak).then_some(access.scope),
+            non_coherent: false,
+        };
+        for lane in lanes(access.mask) {
+            agent.lane = lane;
+            let offset = (access.addresses[lane] - base) as u32;
+            let conflict = check_region(region, race, &mut agent, access, offset, Doing::Store);
+            if let Some(conflict) = conflict {
+                found = found.or(Some((lane, conflict)));
+            }
+        }
+    }
+    let mut changes = 0;
+    for lane in lanes(access.mask) {
+        let at = (access.addresses[lane] - base) as usize;
+        let target = &mut region.bytes_mut()[at..at + n];
+        if n >= 4 {
+            for (words, chunk) in data.words.iter().zip(target.chunks_exact_mut(4)) {
+                let new = words[lane].to_le_bytes();
+                changes += u64::from(*chunk != new);
+                chunk.copy_from_slice(&new);
+            }
+        } else {
+            let new = data.words[0][lane].to_le_bytes();
+            changes += u64::from(*target != new[..n]);
+            target.copy_from_slice(&new[..n]);
+        }
+        region.mark(at, n, 0);
+    }
+    cx.world.memory.changes += changes;
+    if let Some((lane, conflict)) = found {
+        let window = if is_shared && base == 0 {
+            SHARED_WINDOW
+        } else {
+            0
+        };
+        let address = access.addresses[lane] + window;
+        report_race(cx, lane, address, &conflict, Doing::Store);
+    }
+    true
+}
+
 pub(super) fn load(cx: &mut Cx, access: &Access, data: &mut Data) -> Result<(), Fault> {
     let n = access.bytes as usize;
     let mut last = None;
     note(cx, access);
-    // The parameters are read by all lanes at once more often than not.
+    if access.mask != 0 && load_together(cx, access, data) {
+        return Ok(());
+    }
     for lane in lanes(access.mask) {
         let (space, at) = resolve(access.space, access.addresses[lane]);
         if at % u64::from(access.bytes) != 0 {
@@ -692,6 +876,9 @@ pub(super) fn store(cx: &mut Cx, access: &Access, data: &Data) -> Result<(), Fau
     let n = access.bytes as usize;
     let mut last = None;
     note(cx, access);
+    if access.mask != 0 && store_together(cx, access, data) {
+        return Ok(());
+    }
     for lane in lanes(access.mask) {
         let (space, at) = resolve(access.space, access.addresses[lane]);
         if at % u64::from(access.bytes) != 0 {

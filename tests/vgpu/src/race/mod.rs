@@ -20,6 +20,8 @@ use std::sync::Arc;
 
 pub use shadow::{Agent, Cell, Conflict, Shadow};
 
+use rustc_hash::FxHashMap;
+
 use crate::finding::{Place, Thread};
 use crate::machine::{Block, Launch, Warp};
 use crate::memory::{Order, Scope};
@@ -50,7 +52,7 @@ impl StreamClock {
     }
 }
 
-/// A thread and its time, in one word: block (28 bits), warp and lane (5 each), time (26).
+/// A thread and its time, in one word: block (27 bits), warp and lane (5 each), time (26).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Epoch(pub(crate) u64);
 
@@ -59,7 +61,12 @@ const TIME_BITS: u32 = 26;
 impl Epoch {
     fn new(block: u64, warp: u32, lane: usize, time: u32) -> Self {
         let time = u64::from(time).min((1 << TIME_BITS) - 1);
-        Self(block << 36 | u64::from(warp) << 31 | (lane as u64) << TIME_BITS | time)
+        Self(
+            (block & ((1 << 27) - 1)) << 36
+                | u64::from(warp) << 31
+                | (lane as u64) << TIME_BITS
+                | time,
+        )
     }
 
     fn block(self) -> u64 {
@@ -273,7 +280,7 @@ pub struct Race {
     actors: Vec<Actor>,
     /// The last piece of work each stream began.
     latest: BTreeMap<u32, u64>,
-    accesses: HashMap<u32, Access>,
+    accesses: FxHashMap<u32, Access>,
     readers: shadow::Readers,
     /// The host call in progress: its number among the actors, and what it knows.
     host: Option<(u64, LaunchClock)>,
@@ -292,7 +299,7 @@ impl Race {
             on,
             actors: vec![nobody],
             latest: BTreeMap::new(),
-            accesses: HashMap::new(),
+            accesses: FxHashMap::default(),
             readers: shadow::Readers::default(),
             host: None,
         }

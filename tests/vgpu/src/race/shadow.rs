@@ -3,11 +3,10 @@
 //! Detection" (PLDI 2009), for words of four bytes with a mask of bytes, and for sets of reads
 //! that many words share (a warp reads a row: thirty-two words, one story).
 
-use std::collections::HashMap;
-
 use bytemuck::{Pod, Zeroable};
+use rustc_hash::FxHashMap;
 
-use super::{Epoch, LaunchClock, Race, WarpClock};
+use super::{Epoch, LaunchClock, Race, TIME_BITS, WarpClock};
 use crate::memory::Scope;
 use crate::registers::{LANES, lanes};
 
@@ -16,17 +15,22 @@ const MOST_READERS: u32 = 1 << 12;
 /// How far back in a word's reads to look for one of the same warp.
 const LOOK_BACK: u32 = 64;
 /// Sets of reads kept before the old ones are forgotten.
-const MOST_SETS: usize = 1 << 22;
+const MOST_SETS: usize = 1 << 20;
 
-/// A word's memory. `write_op` holds the bytes written in its low four bits and the operation
-/// above them.
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+/// A word's memory: the epoch of the last write; the epoch of the only read since, or a set of
+/// reads ([`SET`] and its number); and the operation of each, with the bytes it concerns in the
+/// low four bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Cell {
     write: u64,
+    reads: u64,
     write_op: u32,
-    reads: u32,
+    reads_op: u32,
 }
+
+/// In `Cell::reads`: what follows is the number of a set.
+const SET: u64 = 1 << 63;
 
 /// In `Cell::write`: the bytes of the word have stories of their own, kept elsewhere.
 const SPLIT: u64 = u64::MAX;
@@ -35,7 +39,7 @@ const SPLIT: u64 = u64::MAX;
 #[derive(Debug, Default)]
 pub struct Shadow {
     cells: Box<[Cell]>,
-    split: HashMap<u32, [(u64, u32); 4]>,
+    split: FxHashMap<u32, [(u64, u32); 4]>,
 }
 
 /// One read, or the same by several lanes of a warp, and the reads before it.
@@ -56,7 +60,7 @@ pub(super) struct Readers {
     /// Set `n` is number `n - first` here; 0 is the empty set.
     first: u32,
     list: Vec<(Reader, u32)>,
-    numbers: HashMap<Reader, u32>,
+    numbers: FxHashMap<Reader, u32>,
 }
 
 impl Readers {
@@ -66,6 +70,19 @@ impl Readers {
 
     fn len(&self, set: u32) -> u32 {
         self.get(set).map_or(0, |s| s.1)
+    }
+
+    /// The set of one read.
+    fn single(&mut self, epoch: Epoch, op: u32) -> u32 {
+        self.intern(Reader {
+            before: 0,
+            block: epoch.block(),
+            warp: epoch.warp(),
+            time: epoch.time(),
+            lanes: 1 << epoch.lane(),
+            op: op >> 4,
+            bytes: op as u8 & 15,
+        })
     }
 
     fn intern(&mut self, reader: Reader) -> u32 {
@@ -86,10 +103,26 @@ impl Readers {
 }
 
 /// For each lane, the last set it was added to and the result, while time and operation last.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct ReaderCache {
     op: u32,
-    last: [(u32, u32); LANES],
+    last: [(Cell, Cell); LANES],
+}
+
+const NO_CELL: Cell = Cell {
+    write: 0,
+    reads: u64::MAX,
+    write_op: 0,
+    reads_op: 0,
+};
+
+impl Default for ReaderCache {
+    fn default() -> Self {
+        Self {
+            op: u32::MAX,
+            last: [(NO_CELL, NO_CELL); LANES],
+        }
+    }
 }
 
 impl ReaderCache {
@@ -188,7 +221,14 @@ impl Agent<'_> {
             this: self.epoch(),
             non_coherent: false,
         };
-        if wrote && self.non_coherent && other.block() >= self.launch.first {
+        // The non-coherent path wants memory that nobody writes during the launch, ordered or
+        // not.
+        let non_coherent = if wrote {
+            self.non_coherent
+        } else {
+            race.accesses.get(&op).is_some_and(|a| a.non_coherent)
+        };
+        if non_coherent && other.block() >= self.launch.first {
             let same = race.actors[other.block() as usize];
             if (same.stream, same.number) == (self.launch.stream, self.launch.number) {
                 return Some(Conflict {
@@ -212,7 +252,7 @@ impl Shadow {
         let cells = bytemuck::allocation::try_zeroed_slice_box(words).unwrap_or_default();
         Self {
             cells,
-            split: HashMap::new(),
+            split: FxHashMap::default(),
         }
     }
 
@@ -253,23 +293,48 @@ impl Shadow {
     ) -> Option<Conflict> {
         let cell = *self.cells.get(word as usize)?;
         let conflict = self.check_write(race, agent, word, &cell, bytes);
+        let op = agent.op << 4 | u32::from(bytes);
+        // Of a word nobody else has read, this is the one reader.
+        let own = agent.epoch().0;
+        if cell.reads == own && cell.reads_op == op {
+            return conflict;
+        }
+        let replaced = cell.reads == 0
+            || (cell.reads & SET == 0
+                && cell.reads_op as u8 & 15 & !bytes == 0
+                && (cell.reads >> TIME_BITS == own >> TIME_BITS
+                    || agent.knows(race, Epoch(cell.reads))));
+        if replaced {
+            let cell = &mut self.cells[word as usize];
+            cell.reads = own;
+            cell.reads_op = op;
+            return conflict;
+        }
         let cache = &mut agent.clock.cache;
-        let key = agent.op << 4 | u32::from(bytes);
-        if cache.op != key {
-            cache.op = key;
-            cache.last = [(u32::MAX, u32::MAX); LANES];
+        if cache.op != op {
+            cache.op = op;
+            cache.last = [(NO_CELL, NO_CELL); LANES];
         }
         let (from, to) = cache.last[agent.lane];
-        let reads = if cell.reads == to {
+        if (cell.reads, cell.reads_op) == (to.reads, to.reads_op) {
             return conflict;
-        } else if cell.reads == from {
-            to
-        } else {
-            let reads = self.add_reader(race, agent, cell.reads, bytes);
-            agent.clock.cache.last[agent.lane] = (cell.reads, reads);
-            reads
-        };
-        self.cells[word as usize].reads = reads;
+        }
+        if (cell.reads, cell.reads_op) != (from.reads, from.reads_op) {
+            let set = match cell.reads & SET {
+                0 => race.readers.single(Epoch(cell.reads), cell.reads_op),
+                _ => (cell.reads & !SET) as u32,
+            };
+            let set = self.add_reader(race, agent, set, bytes);
+            let to = Cell {
+                reads: SET | u64::from(set),
+                reads_op: 0,
+                ..NO_CELL
+            };
+            agent.clock.cache.last[agent.lane] = (cell, to);
+        }
+        let (_, to) = agent.clock.cache.last[agent.lane];
+        let cell = &mut self.cells[word as usize];
+        (cell.reads, cell.reads_op) = (to.reads, to.reads_op);
         conflict
     }
 
@@ -344,21 +409,28 @@ impl Shadow {
         let cell = *self.cells.get(word as usize)?;
         let mut conflict = self.check_write(race, agent, word, &cell, bytes);
         if cell.reads != 0 && conflict.is_none() {
-            conflict = check_reads(race, agent, cell.reads, bytes);
+            conflict = if cell.reads & SET != 0 {
+                check_reads(race, agent, (cell.reads & !SET) as u32, bytes)
+            } else if cell.reads_op as u8 & bytes & 15 != 0 {
+                agent.against(race, Epoch(cell.reads), cell.reads_op >> 4, false)
+            } else {
+                None
+            };
         }
-        let reads = if bytes == 15 { 0 } else { cell.reads };
-        self.put(word, agent.epoch().0, agent.op, bytes, cell, reads);
+        self.put(word, agent.epoch().0, agent.op, bytes, cell);
+        if bytes == 15 {
+            self.cells[word as usize].reads = 0;
+        }
         conflict
     }
 
-    fn put(&mut self, word: u32, epoch: u64, op: u32, bytes: u8, cell: Cell, reads: u32) {
+    fn put(&mut self, word: u32, epoch: u64, op: u32, bytes: u8, cell: Cell) {
         let before = if cell.write == SPLIT {
             None
         } else {
             Some(cell.write_op as u8 & 15)
         };
         let new = &mut self.cells[word as usize];
-        new.reads = reads;
         let covered = before.is_some_and(|b| cell.write == 0 || b & !bytes == 0);
         if bytes == 15 || covered {
             if cell.write == SPLIT {
@@ -447,22 +519,6 @@ fn check_reads(race: &Race, agent: &Agent, set: u32, bytes: u8) -> Option<Confli
             continue;
         }
         let epoch = |lane| Epoch::new(reader.block, reader.warp, lane, reader.time);
-        let non_coherent = race
-            .accesses
-            .get(&reader.op)
-            .is_some_and(|a| a.non_coherent);
-        if non_coherent && reader.block >= agent.launch.first {
-            let actor = race.actors[reader.block as usize];
-            if (actor.stream, actor.number) == (agent.launch.stream, agent.launch.number) {
-                return Some(Conflict {
-                    other: epoch(reader.lanes.trailing_zeros() as usize),
-                    other_op: reader.op,
-                    other_wrote: false,
-                    this: agent.epoch(),
-                    non_coherent: true,
-                });
-            }
-        }
         for lane in lanes(reader.lanes) {
             let found = agent.against(race, epoch(lane), reader.op, false);
             if found.is_some() {

@@ -2,8 +2,8 @@
 
 use super::super::expect_operands;
 use super::{Target, take_cache_hints, take_order, take_space};
-use crate::finding::Kind;
-use crate::lowering::{LoadError, Lowering, Modifiers, bad, size_of, unsupported};
+use crate::finding::{Fault, Kind};
+use crate::lowering::{LoadError, Lowering, Modifiers, Symbol, bad, size_of, unsupported};
 use crate::memory::{
     self, Access, Data, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, Space, space_of,
 };
@@ -114,6 +114,11 @@ fn load(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, 
     let target = Target::of(space, f.address(a)?)?;
     let parts = parts(d, vector, ty, true, f)?;
     let signed = matches!(ty, Type::S8 | Type::S16 | Type::S32);
+    if let (Space::Param, Some(Symbol::KernelParam(_, _)), None) =
+        (target.space, target.address.symbol, target.address.base)
+    {
+        return parameter(target.address.offset, parts, element, bytes, signed);
+    }
     Ok(Action::plain(move |cx| {
         let (addresses, undef) = target.addresses(cx);
         if undef & cx.mask != 0 {
@@ -137,6 +142,40 @@ fn load(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, 
         for part in &parts {
             scatter(cx, &data, at, element as usize, signed, *part);
             at += element as usize;
+        }
+        Step::Next
+    }))
+}
+
+/// A kernel's parameter at a known place: the same for all lanes.
+fn parameter(
+    offset: i64,
+    parts: Vec<Part>,
+    element: u32,
+    bytes: u32,
+    signed: bool,
+) -> Result<Action, LoadError> {
+    let at = usize::try_from(offset).map_err(|_| bad("a parameter before the first"))?;
+    if at % bytes as usize != 0 {
+        return Err(bad(format!("{bytes} bytes of parameters at offset {at}")));
+    }
+    Ok(Action::plain(move |cx| {
+        let Some(source) = cx.launch.params.get(at..at + bytes as usize) else {
+            let lane = cx.mask.trailing_zeros() as usize;
+            let message = format!("a read of {bytes} bytes beyond the parameters");
+            cx.report(Kind::OutOfBounds, lane, Some(at as u64), message);
+            return Step::Fault(Fault::IllegalAddress);
+        };
+        let mut data = Data::default();
+        for (words, chunk) in data.words.iter_mut().zip(source.chunks(4)) {
+            let mut word = [0; 4];
+            word[..chunk.len()].copy_from_slice(chunk);
+            *words = [u32::from_le_bytes(word); LANES];
+        }
+        let mut from = 0;
+        for part in &parts {
+            scatter(cx, &data, from, element as usize, signed, *part);
+            from += element as usize;
         }
         Step::Next
     }))
