@@ -1,0 +1,237 @@
+//! A kernel around one instruction.
+
+use vgpu::machine::Config;
+use vgpu::rig::Rig;
+
+/// A type of a register: its PTX name, and its size in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ty(pub(crate) &'static str, pub(crate) usize);
+
+pub(crate) const B16: Ty = Ty("b16", 2);
+pub(crate) const B32: Ty = Ty("b32", 4);
+pub(crate) const B64: Ty = Ty("b64", 8);
+pub(crate) const PRED: Ty = Ty("pred", 0);
+
+/// Keeps the bits of a size.
+pub(crate) fn low(bits: u64, bytes: usize) -> u64 {
+    match bytes {
+        0 => bits & 1,
+        8 => bits,
+        n => bits & ((1 << (8 * n)) - 1),
+    }
+}
+
+/// The value of the low bits as an unsigned or signed integer.
+pub(crate) fn int(bits: u64, bytes: usize, signed: bool) -> i128 {
+    let shift = 128 - 8 * bytes as u32;
+    let wide = (bits as u128) << shift;
+    if signed {
+        (wide as i128) >> shift
+    } else {
+        (wide >> shift) as i128
+    }
+}
+
+/// splitmix64
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+/// Operands that are worth a test of their own: limits of integers and of every floating-point
+/// format, one step around them, shift amounts.
+pub(crate) fn edges(bytes: usize) -> Vec<u64> {
+    let mut list: Vec<u64> = vec![0, 1, 2, 3, 15, 16, 31, 32, 33, 63, 64, 65, 255];
+    let bits = 8 * bytes as u32;
+    let top = 1u64 << (bits - 1);
+    list.extend([
+        top - 1,
+        top,
+        top + 1,
+        top | (top - 1),
+        low(u64::MAX - 1, bytes),
+    ]);
+    let formats: &[(u32, u32)] = match bytes {
+        2 => &[(5, 10), (8, 7)],
+        4 => &[(8, 23)],
+        _ => &[(11, 52)],
+    };
+    for &(exponent, mantissa) in formats {
+        let infinity = ((1u64 << exponent) - 1) << mantissa;
+        let one = ((1u64 << (exponent - 1)) - 1) << mantissa;
+        for value in [
+            infinity,
+            infinity - 1,
+            infinity + 1,
+            infinity | (1 << (mantissa - 1)),
+            one,
+            one - 1,
+            one + 1,
+            1 << mantissa,
+            (1 << mantissa) - 1,
+            one + (1 << mantissa) + (1 << (mantissa - 1)),
+        ] {
+            list.extend([value, value | top]);
+        }
+    }
+    list.sort_unstable();
+    list.dedup();
+    list
+}
+
+/// Tuples of operands for types of these sizes: all combinations of edges as far as that is
+/// possible, then random ones, a third of them close to each other or of small magnitude.
+pub(crate) fn operands(sizes: &[usize], random: usize) -> Vec<Vec<u64>> {
+    let edge_lists: Vec<Vec<u64>> = sizes.iter().map(|&s| edges(s.max(2))).collect();
+    let mut list: Vec<Vec<u64>> = Vec::new();
+    if sizes == [2] {
+        return (0..1 << 16).map(|v| vec![v]).collect();
+    }
+    let combinations: usize = edge_lists.iter().map(Vec::len).product();
+    let stride = (combinations / 4096).max(1) | 1;
+    for number in (0..combinations).step_by(stride) {
+        let mut rest = number;
+        list.push(
+            edge_lists
+                .iter()
+                .map(|e| {
+                    let value = e[rest % e.len()];
+                    rest /= e.len();
+                    value
+                })
+                .collect(),
+        );
+    }
+    let mut r = Random(0x5eed ^ sizes.len() as u64);
+    for n in 0..random {
+        let mut previous = 0;
+        list.push(
+            sizes
+                .iter()
+                .map(|&size| {
+                    let value = match n % 3 {
+                        0 => r.next(),
+                        1 => r.next() >> (r.next() % 64),
+                        _ => (previous ^ (r.next() & 0xff)).wrapping_add(r.next() & 3),
+                    };
+                    previous = if n % 3 == 2 && previous == 0 {
+                        r.next()
+                    } else {
+                        value
+                    };
+                    low(value, size)
+                })
+                .collect(),
+        );
+    }
+    list
+}
+
+/// Runs `body` (which reads `%a`, `%b`, `%c` and writes `%d`) for each tuple of operands.
+pub(crate) fn run(body: &str, d: Ty, sources: &[Ty], tuples: &[Vec<u64>]) -> Vec<u64> {
+    let names = ["%a", "%b", "%c", "%e", "%f"];
+    let mut text = String::from(
+        ".version 8.7\n.target sm_90\n.address_size 64\n\
+         .visible .entry k(.param .u64 out, .param .u64 in, .param .u32 n)\n{\n\
+         .reg .b64 %po, %pi, %off;\n.reg .b32 %i, %t, %n;\n.reg .pred %skip;\n",
+    );
+    let reg = |ty: Ty, name: &str| format!(".reg .{} {name};\n", ty.0);
+    text += &reg(d, "%d");
+    for (ty, name) in sources.iter().zip(names) {
+        text += &reg(*ty, name);
+    }
+    text += "ld.param.u64 %po, [out]; ld.param.u64 %pi, [in]; ld.param.u32 %n, [n];\n\
+             mov.u32 %i, %ctaid.x; mov.u32 %t, %ntid.x; mul.lo.u32 %i, %i, %t;\n\
+             mov.u32 %t, %tid.x; add.u32 %i, %i, %t;\n\
+             setp.ge.u32 %skip, %i, %n; @%skip ret;\n";
+    let stride = 8 * sources.len();
+    text += &format!("mul.wide.u32 %off, %i, {stride}; add.u64 %pi, %pi, %off;\n");
+    text += "mul.wide.u32 %off, %i, 8; add.u64 %po, %po, %off;\n";
+    for (n, (ty, name)) in sources.iter().zip(names).enumerate() {
+        if *ty == PRED {
+            text += &format!(
+                "{{ .reg .b32 %v; ld.global.b32 %v, [%pi+{}]; and.b32 %v, %v, 1;\n\
+                 setp.ne.b32 {name}, %v, 0; }}\n",
+                8 * n
+            );
+        } else {
+            text += &format!("ld.global.{} {name}, [%pi+{}];\n", ty.0, 8 * n);
+        }
+    }
+    text += body;
+    text += "\n";
+    text += &match d {
+        PRED => "{ .reg .b32 %v; selp.b32 %v, 1, 0, %d; st.global.b32 [%po], %v; }\n".to_owned(),
+        ty => format!("st.global.{} [%po], %d;\n", ty.0),
+    };
+    text += "ret;\n}\n";
+    let module = vgpu::ptx::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+    let mut rig = Rig::new(Config::default());
+    let loaded = rig.load(&module).unwrap_or_else(|e| panic!("{e}\n{text}"));
+    let n = tuples.len();
+    let flat: Vec<u64> = tuples.iter().flatten().copied().collect();
+    let input = rig.upload(bytemuck::cast_slice(&flat));
+    let output = rig.upload(&vec![0; 8 * n]);
+    let mut params = Vec::new();
+    params.extend(output.to_le_bytes());
+    params.extend(input.to_le_bytes());
+    params.extend((n as u32).to_le_bytes());
+    let grid = [n.div_ceil(128) as u32, 1, 1];
+    rig.launch(&loaded.kernels["k"], grid, [128, 1, 1], 0, &params);
+    rig.synchronise().expect("the kernel runs");
+    let out = rig.download(output, 8 * n);
+    let findings: Vec<String> = rig
+        .findings()
+        .iter()
+        .filter(|f| !f.message.contains("nobody wrote"))
+        .map(ToString::to_string)
+        .collect();
+    assert!(findings.is_empty(), "{findings:?}");
+    bytemuck::pod_collect_to_vec::<u8, u64>(&out)
+}
+
+/// Compares an instruction with a reference; None of the reference means "unspecified".
+pub(crate) fn check(
+    instruction: &str,
+    d: Ty,
+    sources: &[Ty],
+    reference: impl Fn(&[u64]) -> Option<u64>,
+) {
+    let sizes: Vec<usize> = sources.iter().map(|s| s.1).collect();
+    check_on(instruction, d, sources, &operands(&sizes, 3000), reference);
+}
+
+/// As [`check`], on given operands.
+pub(crate) fn check_on(
+    instruction: &str,
+    d: Ty,
+    sources: &[Ty],
+    tuples: &[Vec<u64>],
+    reference: impl Fn(&[u64]) -> Option<u64>,
+) {
+    let out = run(instruction, d, sources, tuples);
+    let mut compared = 0;
+    for (tuple, &found) in tuples.iter().zip(&out) {
+        if let Some(expected) = reference(tuple) {
+            let expected = low(expected, d.1);
+            assert_eq!(
+                found, expected,
+                "{instruction} of {tuple:x?}: found {found:#x}, expected {expected:#x}"
+            );
+            compared += 1;
+        }
+    }
+    assert!(compared > 0, "{instruction}: nothing was compared");
+}
+
+/// `op d, a, b` with as many sources as there are.
+pub(crate) fn plain(opcode: &str, n: usize) -> String {
+    let list = ["%d", "%a", "%b", "%c", "%e", "%f"];
+    format!("{opcode} {};", list[..=n].join(", "))
+}
