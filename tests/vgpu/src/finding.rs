@@ -30,6 +30,20 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Every kind there is.
+    pub const ALL: [Kind; 10] = [
+        Kind::OutOfBounds,
+        Kind::Misaligned,
+        Kind::UseAfterFree,
+        Kind::Uninitialised,
+        Kind::Race,
+        Kind::WrongMask,
+        Kind::Barrier,
+        Kind::Deadlock,
+        Kind::ReadOnly,
+        Kind::Trap,
+    ];
+
     /// The name used in reports and in `VGPU_CHECK`.
     pub fn name(self) -> &'static str {
         match self {
@@ -137,19 +151,56 @@ impl fmt::Display for Finding {
     }
 }
 
+/// What makes two findings one: the kind, and the lines of source (or of PTX) concerned. The
+/// copies of an unrolled loop are one line; a race is one cause whichever side comes first.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Cause {
+    kind: Kind,
+    lines: Vec<(String, String, u32)>,
+}
+
+impl Cause {
+    fn of(finding: &Finding) -> Self {
+        let other = finding.other.as_ref().and_then(|o| o.0.as_ref());
+        let mut lines: Vec<_> = finding
+            .place
+            .iter()
+            .chain(other)
+            .map(|place| match place.source.first() {
+                Some((file, line)) => (place.kernel.clone(), file.clone(), *line),
+                None => (place.kernel.clone(), String::new(), place.ptx_line),
+            })
+            .collect();
+        lines.sort_unstable();
+        Self {
+            kind: finding.kind,
+            lines,
+        }
+    }
+}
+
 /// The findings of a run, one for each cause.
 #[derive(Debug, Default)]
 pub struct Findings {
     list: Vec<Finding>,
-    causes: HashSet<(Kind, Option<Place>)>,
+    causes: HashSet<Cause>,
     operations: HashSet<(Kind, u32)>,
+    /// Kernels in which a race let a thread read what another had yet to write: values that
+    /// nobody wrote are then its consequence.
+    racing: HashSet<String>,
+    off: Vec<Kind>,
 }
 
 impl Findings {
-    /// Whether the same kind was already reported at the same place: the test is cheap enough to
-    /// make before the words of a finding are put together.
-    pub fn is_known(&self, kind: Kind, place: &Option<Place>) -> bool {
-        self.causes.contains(&(kind, place.clone()))
+    /// None yet; only these kinds will be kept.
+    pub fn new(checks: &[Kind]) -> Self {
+        Self {
+            off: Kind::ALL
+                .into_iter()
+                .filter(|kind| !checks.contains(kind))
+                .collect(),
+            ..Self::default()
+        }
     }
 
     /// Whether an operation has not been asked about with this kind before: cheap enough for
@@ -158,23 +209,39 @@ impl Findings {
         self.operations.insert((kind, operation))
     }
 
-    /// Keeps a finding unless its cause (kind and place) is known.
+    /// Keeps a finding unless its cause is known or its check is off.
     pub fn report(&mut self, finding: Finding) {
-        if self.causes.insert((finding.kind, finding.place.clone())) {
+        if !self.off.contains(&finding.kind) && self.causes.insert(Cause::of(&finding)) {
             self.list.push(finding);
         }
     }
 
+    /// A race in this kernel let a thread read what another had yet to write.
+    pub fn excuse_unwritten(&mut self, kernel: &str) {
+        self.racing.insert(kernel.to_owned());
+    }
+
+    fn is_consequence(&self, finding: &Finding) -> bool {
+        finding.kind == Kind::Uninitialised
+            && finding
+                .place
+                .as_ref()
+                .is_some_and(|place| self.racing.contains(&place.kernel))
+    }
+
     /// All of them, in the order they were found.
-    pub fn list(&self) -> &[Finding] {
-        &self.list
+    pub fn list(&self) -> impl Iterator<Item = &Finding> {
+        self.list.iter().filter(|f| !self.is_consequence(f))
     }
 
     /// Takes them, so that what comes next starts afresh.
     pub fn take(&mut self) -> Vec<Finding> {
+        let taken = self.list().cloned().collect();
+        self.list.clear();
         self.causes.clear();
         self.operations.clear();
-        std::mem::take(&mut self.list)
+        self.racing.clear();
+        taken
     }
 }
 

@@ -45,24 +45,12 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        use Kind::*;
         Self {
             devices: 1,
             arch: 90,
             seed: 0,
             launch_budget: 2_000_000_000,
-            checks: vec![
-                OutOfBounds,
-                Misaligned,
-                UseAfterFree,
-                Uninitialised,
-                Race,
-                WrongMask,
-                Barrier,
-                Deadlock,
-                ReadOnly,
-                Trap,
-            ],
+            checks: Kind::ALL.to_vec(),
         }
     }
 }
@@ -196,7 +184,7 @@ impl Machine {
         Self {
             world: World {
                 memory: Memory::new(&config),
-                findings: Findings::default(),
+                findings: Findings::new(&config.checks),
                 config,
                 now: 0,
                 clock_reads: 0,

@@ -701,6 +701,7 @@ impl Warp {
                     ),
                 );
             });
+            return Err(Fault::LaunchFailed);
         }
         let predicate = barrier.predicate.map_or(0, |(pred, negated)| {
             let frame = self.frames[group.frame]

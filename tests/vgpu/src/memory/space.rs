@@ -9,7 +9,7 @@ use super::{
 };
 use crate::finding::{Fault, Finding, Kind};
 use crate::machine::{Config, Cx, World};
-use crate::race::{self, Agent, Conflict, Race, StreamClock};
+use crate::race::{self, Agent, Conflict, FlagAccess, Race, StreamClock};
 use crate::registers::lanes;
 
 /// The first address of device 0.
@@ -436,6 +436,9 @@ fn outside(
 
 #[cold]
 fn report_race(cx: &mut Cx, lane: usize, address: u64, conflict: &Conflict, doing: Doing) {
+    if conflict.unwritten {
+        cx.world.findings.excuse_unwritten(&cx.op.place.kernel);
+    }
     if !cx.world.findings.is_first(Kind::Race, cx.op.id) {
         return;
     }
@@ -539,17 +542,23 @@ fn check_region(
         };
         conflict = conflict.or(found);
     }
+    if let Some(conflict) = &mut conflict {
+        let unwritten =
+            doing != Doing::Load && region.unwritten(offset as usize, access.bytes as usize) != 0;
+        conflict.unwritten = unwritten && !conflict.other_wrote;
+    }
     let (reads, writes) = (doing != Doing::Store, doing != Doing::Load);
     if agent.strong.is_some() && (writes || !region.flags.is_empty()) {
-        race::flag(
-            &mut region.flags,
-            agent,
+        let flag = FlagAccess {
             offset,
-            access.bytes,
-            access.order,
-            access.scope,
-            (reads, writes),
-        );
+            bytes: access.bytes,
+            order: access.order,
+            scope: access.scope,
+            reads,
+            writes,
+            raced: conflict.is_some(),
+        };
+        race::flag(&mut region.flags, agent, flag);
     } else if writes && !region.flags.is_empty() {
         region.flags.remove(&offset);
     }

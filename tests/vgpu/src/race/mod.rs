@@ -273,6 +273,9 @@ struct Actor {
     block: Option<([u32; 3], [u32; 3])>,
 }
 
+/// The number of the operation that stands for all the host does.
+const HOST_OP: u32 = 0;
+
 /// The tables of the race checks.
 #[derive(Debug)]
 pub struct Race {
@@ -295,11 +298,17 @@ impl Race {
             number: 0,
             block: None,
         };
+        // Copies and fills are seen word by word by whoever polls them.
+        let host = Access {
+            place: Arc::new(Place::default()),
+            strong: Some(Scope::Sys),
+            non_coherent: false,
+        };
         Self {
             on,
             actors: vec![nobody],
             latest: BTreeMap::new(),
-            accesses: FxHashMap::default(),
+            accesses: FxHashMap::from_iter([(HOST_OP, host)]),
             readers: shadow::Readers::default(),
             host: None,
         }
@@ -530,16 +539,36 @@ pub struct Released {
 /// Flags: what releases left at the words they wrote, by offset.
 pub type Flags = HashMap<u32, Released>;
 
+/// A strong access to a flag.
+#[derive(Debug, Clone, Copy)]
+pub struct FlagAccess {
+    /// Where the flag is.
+    pub offset: u32,
+    /// Its size.
+    pub bytes: u32,
+    /// See [`Order`].
+    pub order: Order,
+    /// See [`Scope`].
+    pub scope: Scope,
+    /// A load or a read-modify-write.
+    pub reads: bool,
+    /// A store or a read-modify-write.
+    pub writes: bool,
+    /// Its own race check failed.
+    pub raced: bool,
+}
+
 /// A strong access of one lane to a flag, after its race check.
-pub fn flag(
-    flags: &mut Flags,
-    agent: &mut Agent,
-    offset: u32,
-    bytes: u32,
-    order: Order,
-    scope: Scope,
-    (reads, writes): (bool, bool),
-) {
+pub fn flag(flags: &mut Flags, agent: &mut Agent, access: FlagAccess) {
+    let FlagAccess {
+        offset,
+        bytes,
+        order,
+        scope,
+        reads,
+        writes,
+        raced,
+    } = access;
     let lane = agent.lane;
     let found = flags
         .get(&offset)
@@ -548,7 +577,8 @@ pub fn flag(
     if let Some(found) = &found {
         let reach = scope.min(found.scope);
         let clock = &mut agent.clock;
-        if includes(reach, &found.knowledge, agent.block) {
+        // A flag whose own accesses race is reported as that; what it guards is a consequence.
+        if raced || includes(reach, &found.knowledge, agent.block) {
             if matches!(order, Order::Acquire | Order::AcqRel | Order::SeqCst) {
                 join(&mut clock.extra[lane], &found.knowledge);
             } else {

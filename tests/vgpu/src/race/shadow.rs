@@ -6,7 +6,7 @@
 use bytemuck::{Pod, Zeroable};
 use rustc_hash::FxHashMap;
 
-use super::{Epoch, LaunchClock, Race, TIME_BITS, WarpClock};
+use super::{Epoch, HOST_OP, LaunchClock, Race, TIME_BITS, WarpClock};
 use crate::memory::Scope;
 use crate::registers::{LANES, lanes};
 
@@ -166,6 +166,8 @@ pub struct Conflict {
     pub this: Epoch,
     /// One of the two goes through the non-coherent path and the other writes.
     pub non_coherent: bool,
+    /// A write to bytes that nobody had written before: the earlier read got nothing.
+    pub unwritten: bool,
 }
 
 impl Agent<'_> {
@@ -220,6 +222,7 @@ impl Agent<'_> {
             other_wrote: wrote,
             this: self.epoch(),
             non_coherent: false,
+            unwritten: false,
         };
         // The non-coherent path wants memory that nobody writes during the launch, ordered or
         // not.
@@ -490,8 +493,8 @@ impl Shadow {
             clock: &mut clock,
             launch: &launch,
             device: race.actors[actor as usize].device,
-            op: 0,
-            strong: None,
+            op: HOST_OP,
+            strong: Some(Scope::Sys),
             non_coherent: false,
         };
         let mut conflict = None;
