@@ -4,6 +4,8 @@
 //! driver API runs on it unchanged. It executes the PTX that nvcc emitted and checks every
 //! access on the way.
 
+mod driver;
+pub mod fatbin;
 pub mod finding;
 pub mod isa;
 pub mod loader;

@@ -1,0 +1,502 @@
+//! The CUDA driver API. Handles are numbers in disguise, looked up and never followed, so that a
+//! bad one is an error code. One lock guards the driver; whoever waits for a device drives it.
+//!
+//! Work that was put into a stream runs while some thread waits in the driver. If nothing can
+//! advance, the waiting thread lets go of the lock and gives the others time to act, then
+//! declares a deadlock.
+
+mod context;
+mod device;
+mod launch;
+mod memory;
+mod module;
+mod refused;
+mod status;
+mod stream;
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use status::{Out, Outcome, Status};
+
+use crate::finding::Kind;
+use crate::loader::Loaded;
+use crate::machine::{Command, Config, EventId, Machine, Progress, StreamId};
+use crate::program::Kernel;
+
+/// A handle of the API: a pointer in C.
+pub(crate) type Handle = u64;
+
+/// How long nobody may act before a deadlock is declared: alone, and beside other threads, which
+/// may be about to.
+const GRACE_ALONE: Duration = Duration::from_millis(20);
+const GRACE: Duration = Duration::from_secs(3);
+/// Exit status of a process that leaves findings unread.
+const EXIT: i32 = 86;
+
+const CONTEXT: u64 = 1 << 40;
+const MODULE: u64 = 2 << 40;
+const FUNCTION: u64 = 3 << 40;
+const STREAM: u64 = 4 << 40;
+const EVENT: u64 = 5 << 40;
+
+struct Context {
+    device: u32,
+    primary: bool,
+    flags: u32,
+    /// The legacy default stream, and that of each thread (one for all of them here).
+    default: StreamId,
+    per_thread: StreamId,
+    limits: BTreeMap<u32, u64>,
+}
+
+struct Module {
+    context: Handle,
+    loaded: Loaded,
+    functions: BTreeMap<String, Handle>,
+}
+
+struct Function {
+    module: Handle,
+    kernel: Arc<Kernel>,
+    /// What `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES` was set to.
+    max_dynamic_shared: Option<u32>,
+}
+
+struct Stream {
+    context: Handle,
+    id: StreamId,
+    /// Does not wait for the legacy default stream, nor it for this.
+    non_blocking: bool,
+    flags: u32,
+    priority: i32,
+}
+
+struct Event {
+    context: Handle,
+    id: EventId,
+    timing: bool,
+}
+
+/// What an allocation is, besides its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Device,
+    Managed,
+    /// Made by the driver; freed by it.
+    Host,
+    /// The caller's own.
+    Registered,
+}
+
+struct Driver {
+    machine: Machine,
+    initialised: bool,
+    contexts: BTreeMap<Handle, Context>,
+    /// The primary context of each device, and how often it is held.
+    primaries: Vec<(Option<Handle>, u32, u32)>,
+    modules: BTreeMap<Handle, Module>,
+    functions: BTreeMap<Handle, Function>,
+    streams: BTreeMap<Handle, Stream>,
+    events: BTreeMap<Handle, Event>,
+    allocations: BTreeMap<u64, (Handle, Kept, u64)>,
+    next: u64,
+    /// Calls so far: how a thread that waits sees that others act.
+    calls: u64,
+    printed: usize,
+}
+
+static DRIVER: LazyLock<Mutex<Driver>> = LazyLock::new(|| Mutex::new(Driver::new()));
+
+thread_local! {
+    static CURRENT: RefCell<Vec<Handle>> = const { RefCell::new(Vec::new()) };
+}
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    let parsed = text.trim().parse().ok();
+    if parsed.is_none() {
+        eprintln!("vgpu: {name}={text} is no number; ignored");
+    }
+    parsed
+}
+
+fn configuration() -> Config {
+    let mut config = Config::default();
+    if let Some(devices) = number("VGPU_DEVICES") {
+        config.devices = devices.min(64) as u32;
+    }
+    if let Some(arch) = number("VGPU_ARCH") {
+        config.arch = arch.clamp(70, 200) as u32;
+    }
+    config.seed = number("VGPU_SEED").unwrap_or(0);
+    if let Some(budget) = number("VGPU_BUDGET") {
+        config.launch_budget = budget;
+    }
+    if let Ok(list) = std::env::var("VGPU_CHECK") {
+        config.checks = match list.trim() {
+            "all" => Kind::ALL.to_vec(),
+            "none" => Vec::new(),
+            list => list
+                .split(',')
+                .filter_map(|name| {
+                    let kind = Kind::ALL.into_iter().find(|k| k.name() == name.trim());
+                    if kind.is_none() {
+                        eprintln!("vgpu: VGPU_CHECK: there is no check '{}'", name.trim());
+                    }
+                    kind
+                })
+                .collect(),
+        };
+    }
+    config
+}
+
+impl Driver {
+    fn new() -> Self {
+        let config = configuration();
+        let devices = config.devices as usize;
+        Self {
+            machine: Machine::new(config),
+            initialised: false,
+            contexts: BTreeMap::new(),
+            primaries: vec![(None, 0, 0); devices],
+            modules: BTreeMap::new(),
+            functions: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            events: BTreeMap::new(),
+            allocations: BTreeMap::new(),
+            next: 0,
+            calls: 0,
+            printed: 0,
+        }
+    }
+
+    fn handle(&mut self, kind: u64) -> Handle {
+        self.next += 1;
+        // Aligned as a pointer is: some wrappers ask for that.
+        kind | self.next << 4
+    }
+
+    /// The calling thread's context.
+    fn current(&self) -> Result<Handle, Status> {
+        let top = CURRENT.with_borrow(|stack| stack.last().copied());
+        let top = top.filter(|&c| c != 0).ok_or(Status::INVALID_CONTEXT)?;
+        if self.contexts.contains_key(&top) {
+            Ok(top)
+        } else {
+            Err(Status::CONTEXT_IS_DESTROYED)
+        }
+    }
+
+    fn context(&self, handle: Handle) -> Result<&Context, Status> {
+        self.contexts.get(&handle).ok_or(Status::INVALID_CONTEXT)
+    }
+
+    /// The calling thread's context, if its device has not faulted.
+    fn healthy(&self) -> Result<Handle, Status> {
+        let current = self.current()?;
+        self.check(self.context(current)?.device)?;
+        Ok(current)
+    }
+
+    fn check(&self, device: u32) -> Outcome {
+        match self.machine.devices[device as usize].fault {
+            Some(fault) => Err(Status(fault.code())),
+            None => Ok(()),
+        }
+    }
+
+    fn device(&self) -> Result<u32, Status> {
+        Ok(self.context(self.current()?)?.device)
+    }
+
+    /// The stream of a handle in the current context: 0 and 1 are the legacy default stream, 2
+    /// the thread's.
+    fn stream(&self, handle: Handle) -> Result<(StreamId, Handle, bool), Status> {
+        match handle {
+            0..=2 => {
+                let current = self.current()?;
+                let context = self.context(current)?;
+                Ok(if handle == 2 {
+                    (context.per_thread, current, false)
+                } else {
+                    (context.default, current, false)
+                })
+            }
+            handle => {
+                let stream = self.streams.get(&handle).ok_or(Status::INVALID_HANDLE)?;
+                Ok((stream.id, stream.context, stream.non_blocking))
+            }
+        }
+    }
+
+    /// Puts a command into a stream, with the waits that the legacy default stream implies.
+    fn enqueue(&mut self, stream: Handle, command: Command) -> Result<u64, Status> {
+        let (id, context, non_blocking) = self.stream(stream)?;
+        let default = self.context(context)?.default;
+        self.check(self.context(context)?.device)?;
+        if id == default {
+            let per_thread = self.context(context)?.per_thread;
+            let blocking = self
+                .streams
+                .values()
+                .filter(|s| s.context == context && !s.non_blocking)
+                .map(|s| s.id);
+            let others: Vec<StreamId> = blocking.chain([per_thread]).collect();
+            self.machine.wait_for_streams(id, &others);
+        } else if !non_blocking {
+            self.machine.wait_for_streams(id, &[default]);
+        }
+        self.machine
+            .enqueue(id, command)
+            .ok_or(Status::INVALID_HANDLE)
+    }
+
+    /// Writes out what kernels printed and what the checks found.
+    fn show(&mut self) {
+        let output = std::mem::take(&mut self.machine.world.output);
+        if !output.is_empty() {
+            // Nothing can be done about an output that is closed.
+            let _ = std::io::stdout().write_all(&output);
+            let _ = std::io::stdout().flush();
+        }
+        let findings = self.machine.world.findings.list();
+        let mut shown = 0;
+        for finding in findings {
+            shown += 1;
+            if shown > self.printed {
+                eprintln!("vgpu: {finding}");
+            }
+        }
+        self.printed = self.printed.max(shown);
+    }
+}
+
+type Guard = MutexGuard<'static, Driver>;
+
+fn lock() -> Guard {
+    DRIVER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Other threads of this process.
+fn has_company() -> bool {
+    std::fs::read_dir("/proc/self/task").map_or(true, |tasks| tasks.count() > 1)
+}
+
+/// Drives the devices until a condition holds.
+fn wait(mut driver: Guard, mut done: impl FnMut(&Driver) -> bool) -> Guard {
+    let mut idle_since: Option<(Instant, u64)> = None;
+    loop {
+        if done(&driver) {
+            driver.show();
+            return driver;
+        }
+        match driver.machine.step() {
+            Progress::Advanced => idle_since = None,
+            Progress::HostFunction(stream, function) => {
+                drop(driver);
+                function();
+                driver = lock();
+                driver.machine.host_function_done(stream);
+                idle_since = None;
+            }
+            Progress::Idle | Progress::Stuck => {
+                let (since, calls) = *idle_since.get_or_insert((Instant::now(), driver.calls));
+                let grace = if has_company() { GRACE } else { GRACE_ALONE };
+                if calls != driver.calls {
+                    idle_since = None;
+                } else if since.elapsed() > grace {
+                    driver.machine.declare_deadlock();
+                    idle_since = None;
+                }
+                drop(driver);
+                std::thread::sleep(Duration::from_micros(200));
+                driver = lock();
+            }
+        }
+    }
+}
+
+/// Waits for everything put into a stream so far.
+fn wait_for(driver: Guard, id: StreamId) -> Guard {
+    let number = driver.machine.submitted(id);
+    let mut driver = wait(driver, |d| d.machine.is_finished(id, number));
+    driver.machine.host_synchronised(id);
+    driver
+}
+
+/// Runs a call: takes the lock, keeps panics from crossing into C, names what is not supported.
+fn call(name: &str, body: impl FnOnce(Guard) -> Outcome) -> u32 {
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let mut driver = lock();
+        driver.calls += 1;
+        if !driver.initialised
+            && !matches!(
+                name,
+                "cuInit" | "cuDriverGetVersion" | "cuGetErrorString" | "cuGetErrorName"
+            )
+            && !name.starts_with("cuGetProcAddress")
+            && !name.starts_with("vgpu")
+        {
+            return Err(Status::NOT_INITIALIZED);
+        }
+        body(driver)
+    }));
+    match outcome {
+        Ok(Ok(())) => 0,
+        Ok(Err(status)) => {
+            if status == Status::NOT_SUPPORTED {
+                eprintln!("vgpu: {name} is not supported by the virtual GPU in this form");
+            }
+            status.0
+        }
+        Err(_) => {
+            eprintln!("vgpu: {name} failed inside the virtual GPU; please report this");
+            Status::UNKNOWN.0
+        }
+    }
+}
+
+/// Says why a call failed, where a code is not enough.
+fn explain(name: &str, words: impl std::fmt::Display) {
+    eprintln!("vgpu: {name}: {words}");
+}
+
+/// Defines functions of the API and a table of them.
+macro_rules! api {
+    ($(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) |$driver:ident| $body:block)*) => {
+        $(#[unsafe(no_mangle)]
+        #[allow(non_snake_case, clippy::too_many_arguments)]
+        pub(crate) extern "C" fn $name($($arg: $ty),*) -> u32 {
+            #[allow(unused_mut)]
+            crate::driver::call(stringify!($name), move |mut $driver| {
+                let _ = &mut $driver;
+                $body
+            })
+        })*
+
+        /// The functions defined here.
+        pub(super) fn table() -> Vec<(&'static str, usize)> {
+            vec![$((stringify!($name), $name as *const () as usize)),*]
+        }
+    };
+}
+pub(crate) use api;
+
+/// The address of a function of the API by its name. Names without a version mean the current
+/// one.
+fn address_of(name: &str) -> Option<usize> {
+    static TABLE: LazyLock<BTreeMap<&'static str, usize>> = LazyLock::new(|| {
+        let tables = [
+            device::table(),
+            context::table(),
+            memory::table(),
+            module::table(),
+            stream::table(),
+            launch::table(),
+            refused::table(),
+            table(),
+        ];
+        tables.into_iter().flatten().collect()
+    });
+    ["_v3", "_v2", ""]
+        .into_iter()
+        .find_map(|suffix| TABLE.get(format!("{name}{suffix}").as_str()).copied())
+}
+
+api! {
+    fn cuInit(flags: u32) |driver| {
+        if flags != 0 {
+            return Err(Status::INVALID_VALUE);
+        }
+        if driver.primaries.is_empty() {
+            return Err(Status::NO_DEVICE);
+        }
+        if !driver.initialised {
+            driver.initialised = true;
+            // SAFETY: `at_exit` is a function for as long as the library is loaded, and nobody
+            // unloads a driver.
+            unsafe { libc::atexit(at_exit) };
+        }
+        Ok(())
+    }
+
+    fn cuDriverGetVersion(version: Out<i32>) |_driver| {
+        version.set(13_000)
+    }
+
+    fn cuGetErrorString(code: u32, text: Out<*const u8>) |_driver| {
+        match status::describe(code) {
+            Some((_, words)) => text.set(words.as_ptr()),
+            None => {
+                text.set_if_wanted(std::ptr::null());
+                Err(Status::INVALID_VALUE)
+            }
+        }
+    }
+
+    fn cuGetErrorName(code: u32, text: Out<*const u8>) |_driver| {
+        match status::describe(code) {
+            Some((name, _)) => text.set(name.as_ptr()),
+            None => {
+                text.set_if_wanted(std::ptr::null());
+                Err(Status::INVALID_VALUE)
+            }
+        }
+    }
+
+    fn cuGetProcAddress(name: status::In<u8>, function: Out<usize>, _version: i32, _flags: u64) |_driver| {
+        let name = String::from_utf8_lossy(&name.c_string()?).into_owned();
+        let address = address_of(&name);
+        function.set(address.unwrap_or(0))?;
+        address.map(|_| ()).ok_or(Status::NOT_FOUND)
+    }
+
+    fn cuGetProcAddress_v2(
+        name: status::In<u8>,
+        function: Out<usize>,
+        _version: i32,
+        _flags: u64,
+        result: Out<u32>,
+    ) |_driver| {
+        let name = String::from_utf8_lossy(&name.c_string()?).into_owned();
+        let address = address_of(&name);
+        function.set(address.unwrap_or(0))?;
+        // 1 is "not found", which is not an error of the call itself.
+        result.set_if_wanted(u32::from(address.is_none()));
+        address.map(|_| ()).ok_or(Status::NOT_FOUND)
+    }
+
+    fn vgpuTakeFindings(text: Out<u8>, capacity: u64, length: Out<u64>) |driver| {
+        let findings = driver.machine.world.findings.list();
+        let mut words = findings.map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        words.push('\0');
+        length.set(words.len() as u64)?;
+        // With too little room nothing is taken: the caller learns how much it needs.
+        if words.len() as u64 <= capacity {
+            text.write(words.as_bytes());
+            driver.machine.world.findings.take();
+            driver.printed = 0;
+        }
+        Ok(())
+    }
+}
+
+/// Findings that nobody took make the process fail.
+extern "C" fn at_exit() {
+    let Ok(mut driver) = DRIVER.try_lock() else {
+        return;
+    };
+    driver.show();
+    let left = driver.machine.world.findings.list().count();
+    if left > 0 {
+        eprintln!("vgpu: {left} findings; the process exits with status {EXIT}");
+        // SAFETY: ends the process at once, which is what is wanted.
+        unsafe { libc::_exit(EXIT) };
+    }
+}
