@@ -4,7 +4,7 @@
 //! advances whenever what its lanes have done is handed on (a barrier, a warp's barrier, a
 //! release), so "thread T knows all of warp W's accesses before time t" says everything there is
 //! to say about ordering. Memory keeps, for each word, the epoch of the last write and the set
-//! of reads since ([`shadow`]); an access that finds an epoch there which its thread does not
+//! of reads since (`shadow`); an access that finds an epoch there which its thread does not
 //! know is a race, unless both are strong and their scopes include each other ("morally strong",
 //! PTX ISA, "Memory Consistency Model").
 //!
@@ -69,6 +69,10 @@ impl Epoch {
         )
     }
 
+    fn with_lane(self, lane: usize) -> Self {
+        Self(self.0 | (lane as u64) << TIME_BITS)
+    }
+
     fn block(self) -> u64 {
         self.0 >> 36
     }
@@ -131,7 +135,6 @@ pub struct WarpClock {
     fences: [Option<(u32, Scope)>; LANES],
     /// What strong reads found at flags, to be joined at the lane's next fence.
     pending: Vec<(usize, Scope, Arc<Knowledge>)>,
-    cache: shadow::ReaderCache,
 }
 
 impl Default for WarpClock {
@@ -145,7 +148,6 @@ impl Default for WarpClock {
             extra: [const { None }; LANES],
             fences: [None; LANES],
             pending: Vec::new(),
-            cache: shadow::ReaderCache::default(),
         }
     }
 }
@@ -163,7 +165,6 @@ impl WarpClock {
 
     fn advance(&mut self) -> u32 {
         self.time += 1;
-        self.cache.forget();
         self.time
     }
 

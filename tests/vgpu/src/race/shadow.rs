@@ -6,9 +6,9 @@
 use bytemuck::{Pod, Zeroable};
 use rustc_hash::FxHashMap;
 
-use super::{Epoch, HOST_OP, LaunchClock, Race, TIME_BITS, WarpClock};
+use super::{Epoch, HOST_OP, LaunchClock, Race, WarpClock};
 use crate::memory::Scope;
-use crate::registers::{LANES, lanes};
+use crate::registers::lanes;
 
 /// Reads kept of one word; further readers are forgotten.
 const MOST_READERS: u32 = 1 << 12;
@@ -17,20 +17,19 @@ const LOOK_BACK: u32 = 64;
 /// Sets of reads kept before the old ones are forgotten.
 const MOST_SETS: usize = 1 << 20;
 
-/// A word's memory: the epoch of the last write; the epoch of the only read since, or a set of
-/// reads ([`SET`] and its number); and the operation of each, with the bytes it concerns in the
-/// low four bits.
+/// A word's memory: the epoch of the last write; the warp that read it last, with its time (an
+/// epoch without a lane) and the lanes that did; the number of the set of reads before those; and
+/// the operation of each side, with the bytes it concerns in the low four bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Cell {
     write: u64,
-    reads: u64,
+    read: u64,
     write_op: u32,
-    reads_op: u32,
+    read_op: u32,
+    read_lanes: u32,
+    reads_before: u32,
 }
-
-/// In `Cell::reads`: what follows is the number of a set.
-const SET: u64 = 1 << 63;
 
 /// In `Cell::write`: the bytes of the word have stories of their own, kept elsewhere.
 const SPLIT: u64 = u64::MAX;
@@ -72,17 +71,30 @@ impl Readers {
         self.get(set).map_or(0, |s| s.1)
     }
 
-    /// The set of one read.
-    fn single(&mut self, epoch: Epoch, op: u32) -> u32 {
-        self.intern(Reader {
-            before: 0,
-            block: epoch.block(),
-            warp: epoch.warp(),
-            time: epoch.time(),
-            lanes: 1 << epoch.lane(),
-            op: op >> 4,
-            bytes: op as u8 & 15,
-        })
+    /// The set with one more read, unless it is full or has it already.
+    fn push(&mut self, reader: Reader) -> u32 {
+        let mut at = reader.before;
+        for _ in 0..LOOK_BACK {
+            let Some((other, _)) = self.get(at) else {
+                break;
+            };
+            let same = (other.block, other.warp, other.time, other.op, other.bytes)
+                == (
+                    reader.block,
+                    reader.warp,
+                    reader.time,
+                    reader.op,
+                    reader.bytes,
+                );
+            if same && reader.lanes & !other.lanes == 0 {
+                return reader.before;
+            }
+            at = other.before;
+        }
+        if self.len(reader.before) >= MOST_READERS {
+            return reader.before;
+        }
+        self.intern(reader)
     }
 
     fn intern(&mut self, reader: Reader) -> u32 {
@@ -99,35 +111,6 @@ impl Readers {
         let number = self.first + self.list.len() as u32;
         self.numbers.insert(reader, number);
         number
-    }
-}
-
-/// For each lane, the last set it was added to and the result, while time and operation last.
-#[derive(Debug)]
-pub(super) struct ReaderCache {
-    op: u32,
-    last: [(Cell, Cell); LANES],
-}
-
-const NO_CELL: Cell = Cell {
-    write: 0,
-    reads: u64::MAX,
-    write_op: 0,
-    reads_op: 0,
-};
-
-impl Default for ReaderCache {
-    fn default() -> Self {
-        Self {
-            op: u32::MAX,
-            last: [(NO_CELL, NO_CELL); LANES],
-        }
-    }
-}
-
-impl ReaderCache {
-    pub(super) fn forget(&mut self) {
-        self.op = u32::MAX;
     }
 }
 
@@ -198,6 +181,25 @@ impl Agent<'_> {
             .as_ref()
             .and_then(|e| e.get(&(block, warp)))
             .is_some_and(|times| times[lane] > epoch.time())
+    }
+
+    /// Whether the lane knows of the same access by several lanes of a warp.
+    #[inline(always)]
+    fn knows_lanes(&self, race: &Race, epoch: Epoch, mask: u32) -> bool {
+        lanes(mask).all(|lane| self.knows(race, epoch.with_lane(lane)))
+    }
+
+    /// A set of reads without the last ones as far as the lane knows of them.
+    fn without_known(&self, race: &Race, set: u32, bytes: u8) -> u32 {
+        let mut set = set;
+        while let Some(&(reader, _)) = race.readers.get(set) {
+            let epoch = Epoch::new(reader.block, reader.warp, 0, reader.time);
+            if reader.bytes & !bytes != 0 || !self.knows_lanes(race, epoch, reader.lanes) {
+                break;
+            }
+            set = reader.before;
+        }
+        set
     }
 
     /// Whether two strong accesses reach each other, so that they may meet without order.
@@ -297,113 +299,39 @@ impl Shadow {
         let cell = *self.cells.get(word as usize)?;
         let conflict = self.check_write(race, agent, word, &cell, bytes);
         let op = agent.op << 4 | u32::from(bytes);
-        // Of a word nobody else has read, this is the one reader.
-        let own = agent.epoch().0;
-        if cell.reads == own && cell.reads_op == op {
+        let own = Epoch::new(agent.block, agent.warp, 0, agent.clock.time).0;
+        let lane = 1 << agent.lane;
+        if cell.read == own && cell.read_op as u8 & 15 == bytes {
+            self.cells[word as usize].read_lanes |= lane;
             return conflict;
         }
-        let replaced = cell.reads == 0
-            || (cell.reads & SET == 0
-                && cell.reads_op as u8 & 15 & !bytes == 0
-                && (cell.reads >> TIME_BITS == own >> TIME_BITS
-                    || agent.knows(race, Epoch(cell.reads))));
-        if replaced {
-            let cell = &mut self.cells[word as usize];
-            cell.reads = own;
-            cell.reads_op = op;
-            return conflict;
-        }
-        let cache = &mut agent.clock.cache;
-        if cache.op != op {
-            cache.op = op;
-            cache.last = [(NO_CELL, NO_CELL); LANES];
-        }
-        let (from, to) = cache.last[agent.lane];
-        if (cell.reads, cell.reads_op) == (to.reads, to.reads_op) {
-            return conflict;
-        }
-        if (cell.reads, cell.reads_op) != (from.reads, from.reads_op) {
-            let set = match cell.reads & SET {
-                0 => race.readers.single(Epoch(cell.reads), cell.reads_op),
-                _ => (cell.reads & !SET) as u32,
-            };
-            let set = self.add_reader(race, agent, set, bytes);
-            let to = Cell {
-                reads: SET | u64::from(set),
-                reads_op: 0,
-                ..NO_CELL
-            };
-            agent.clock.cache.last[agent.lane] = (cell, to);
-        }
-        let (_, to) = agent.clock.cache.last[agent.lane];
-        let cell = &mut self.cells[word as usize];
-        (cell.reads, cell.reads_op) = (to.reads, to.reads_op);
-        conflict
-    }
-
-    /// The set with one more reader, and without those it knows of.
-    fn add_reader(&self, race: &mut Race, agent: &Agent, set: u32, bytes: u8) -> u32 {
-        let time = agent.clock.time;
-        let (block, warp) = (agent.block, agent.warp);
-        let mut set = set;
         // What comes before this read in every order needs no memory of its own.
-        while let Some(&(reader, _)) = race.readers.get(set) {
-            let same = (
-                reader.block,
-                reader.warp,
-                reader.time,
-                reader.op,
-                reader.bytes,
-            ) == (block, warp, time, agent.op, bytes);
-            if same {
-                if reader.lanes >> agent.lane & 1 != 0 {
-                    return set;
-                }
-                return race.readers.intern(Reader {
-                    lanes: reader.lanes | 1 << agent.lane,
-                    ..reader
-                });
+        let kept = cell.read != 0
+            && !(cell.read_op as u8 & 15 & !bytes == 0
+                && agent.knows_lanes(race, Epoch(cell.read), cell.read_lanes));
+        let before = match (kept, cell.reads_before) {
+            (false, 0) => 0,
+            (false, set) => agent.without_known(race, set, bytes),
+            (true, set) => {
+                let last = Epoch(cell.read);
+                let before = agent.without_known(race, set, bytes);
+                race.readers.push(Reader {
+                    before,
+                    block: last.block(),
+                    warp: last.warp(),
+                    time: last.time(),
+                    lanes: cell.read_lanes,
+                    op: cell.read_op >> 4,
+                    bytes: cell.read_op as u8 & 15,
+                })
             }
-            let known = reader.bytes & !bytes == 0
-                && lanes(reader.lanes).all(|l| {
-                    agent.knows(race, Epoch::new(reader.block, reader.warp, l, reader.time))
-                });
-            if !known {
-                break;
-            }
-            set = reader.before;
-        }
-        // Perhaps it is in the set already, further back.
-        let mut at = set;
-        for _ in 0..LOOK_BACK {
-            let Some((reader, _)) = race.readers.get(at) else {
-                break;
-            };
-            if (
-                reader.block,
-                reader.warp,
-                reader.time,
-                reader.op,
-                reader.bytes,
-            ) == (block, warp, time, agent.op, bytes)
-                && reader.lanes >> agent.lane & 1 != 0
-            {
-                return set;
-            }
-            at = reader.before;
-        }
-        if race.readers.len(set) >= MOST_READERS {
-            return set;
-        }
-        race.readers.intern(Reader {
-            before: set,
-            block,
-            warp,
-            time,
-            lanes: 1 << agent.lane,
-            op: agent.op,
-            bytes,
-        })
+        };
+        let cell = &mut self.cells[word as usize];
+        cell.read = own;
+        cell.read_op = op;
+        cell.read_lanes = lane;
+        cell.reads_before = before;
+        conflict
     }
 
     /// A write of some bytes of a word.
@@ -411,18 +339,19 @@ impl Shadow {
     pub fn write(&mut self, race: &Race, agent: &Agent, word: u32, bytes: u8) -> Option<Conflict> {
         let cell = *self.cells.get(word as usize)?;
         let mut conflict = self.check_write(race, agent, word, &cell, bytes);
-        if cell.reads != 0 && conflict.is_none() {
-            conflict = if cell.reads & SET != 0 {
-                check_reads(race, agent, (cell.reads & !SET) as u32, bytes)
-            } else if cell.reads_op as u8 & bytes & 15 != 0 {
-                agent.against(race, Epoch(cell.reads), cell.reads_op >> 4, false)
-            } else {
-                None
-            };
+        if cell.read != 0 && conflict.is_none() {
+            if cell.read_op as u8 & bytes & 15 != 0 {
+                let op = cell.read_op >> 4;
+                conflict = against_lanes(race, agent, Epoch(cell.read), cell.read_lanes, op);
+            }
+            if conflict.is_none() && cell.reads_before != 0 {
+                conflict = check_reads(race, agent, cell.reads_before, bytes);
+            }
         }
         self.put(word, agent.epoch().0, agent.op, bytes, cell);
         if bytes == 15 {
-            self.cells[word as usize].reads = 0;
+            let cell = &mut self.cells[word as usize];
+            (cell.read, cell.read_op, cell.read_lanes, cell.reads_before) = (0, 0, 0, 0);
         }
         conflict
     }
@@ -521,13 +450,17 @@ fn check_reads(race: &Race, agent: &Agent, set: u32, bytes: u8) -> Option<Confli
         if reader.bytes & bytes == 0 {
             continue;
         }
-        let epoch = |lane| Epoch::new(reader.block, reader.warp, lane, reader.time);
-        for lane in lanes(reader.lanes) {
-            let found = agent.against(race, epoch(lane), reader.op, false);
-            if found.is_some() {
-                return found;
-            }
+        let epoch = Epoch::new(reader.block, reader.warp, 0, reader.time);
+        let found = against_lanes(race, agent, epoch, reader.lanes, reader.op);
+        if found.is_some() {
+            return found;
         }
     }
     None
+}
+
+/// The first of some lanes' reads that a write conflicts with.
+#[inline(always)]
+fn against_lanes(race: &Race, agent: &Agent, epoch: Epoch, mask: u32, op: u32) -> Option<Conflict> {
+    lanes(mask).find_map(|lane| agent.against(race, epoch.with_lane(lane), op, false))
 }

@@ -463,3 +463,27 @@ fn a_spinner_is_released_by_a_later_copy_of_the_host() {
         assert_eq!(gpu.get::<i32>(out, 1), [7]);
     }
 }
+
+#[test]
+fn the_speed_kernel_is_clean_and_its_rate_is_printed() {
+    let module = compile("clean.cu");
+    let mut gpu = Gpu::new(&module, 0);
+    let (x, out) = (gpu.put(&floats(16 * 256)), gpu.room(4 * 16 * 256));
+    let start = std::time::Instant::now();
+    clean(
+        &mut gpu,
+        "speed",
+        [16, 1, 1],
+        256,
+        0,
+        &[out, x, Arg::Int(40)],
+    );
+    let seconds = start.elapsed().as_secs_f64();
+    let lanes = gpu.rig.machine.world.lane_instructions as f64;
+    println!(
+        "{:.0} million lane-instructions a second",
+        lanes / seconds / 1e6
+    );
+    let sum: f32 = gpu.get::<f32>(out, 16 * 256).iter().sum();
+    assert!(sum.is_finite());
+}

@@ -15,11 +15,8 @@ fn nvcc() -> PathBuf {
     if let Some(path) = std::env::var_os("NVCC") {
         return path.into();
     }
-    // target/tmp is beside target/cuda.
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent();
-    let made = target.map(|t| t.join("cuda/bin/nvcc"));
-    made.filter(|path| path.is_file())
-        .unwrap_or_else(|| "nvcc".into())
+    let made = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/cuda/bin/nvcc");
+    if made.is_file() { made } else { "nvcc".into() }
 }
 
 /// The PTX of one of the files in `tests/kernels`.

@@ -379,9 +379,13 @@ fn compare((a, e): (u128, i32), (b, f): (u128, i32)) -> std::cmp::Ordering {
     (a << a.leading_zeros()).cmp(&(b << b.leading_zeros()))
 }
 
+type Holds = fn(f64, f64) -> bool;
+
+// Written as the ISA words them, from the ordered comparisons alone.
 #[test]
+#[allow(clippy::double_comparisons, clippy::neg_cmp_op_on_partial_ord)]
 fn comparisons_know_of_nan() {
-    let names: [(&str, fn(f64, f64) -> bool); 14] = [
+    let names: [(&str, Holds); 14] = [
         ("eq", |a, b| a == b),
         ("ne", |a, b| a < b || a > b),
         ("lt", |a, b| a < b),
@@ -452,7 +456,8 @@ fn signs_and_properties() {
     check(&plain("neg.bf16", 1), B16, &[B16], |v| Some(v[0] ^ 0x8000));
     check(&plain("abs.bf16", 1), B16, &[B16], |v| Some(v[0] & 0x7fff));
     let field = |v: &[u64]| (v[0] >> 23 & 0xff, v[0] & 0x7f_ffff);
-    let tests: [(&str, fn((u64, u64)) -> bool); 6] = [
+    type Test = fn((u64, u64)) -> bool;
+    let tests: [(&str, Test); 6] = [
         ("finite", |(e, _)| e != 255),
         ("infinite", |(e, m)| e == 255 && m == 0),
         ("number", |(e, m)| e != 255 || m == 0),

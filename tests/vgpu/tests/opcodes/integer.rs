@@ -78,9 +78,9 @@ fn products_have_a_low_half_a_high_half_and_a_whole() {
         let bits = 8 * ty.1 as u32;
         check(&plain(&format!("mul.hi.{name}"), 2), ty, &[ty, ty], |v| {
             if signed {
-                Some((int(v[0], ty.1, true) * int(v[1], ty.1, true) >> bits) as u64)
+                Some(((int(v[0], ty.1, true) * int(v[1], ty.1, true)) >> bits) as u64)
             } else {
-                Some((u128::from(v[0]) * u128::from(v[1]) >> bits) as u64)
+                Some(((u128::from(v[0]) * u128::from(v[1])) >> bits) as u64)
             }
         });
     }
@@ -122,9 +122,9 @@ fn multiply_add_takes_either_half() {
             &[ty, ty, ty],
             |v| {
                 let high = if signed {
-                    (int(v[0], ty.1, true) * int(v[1], ty.1, true) >> bits) as u64
+                    ((int(v[0], ty.1, true) * int(v[1], ty.1, true)) >> bits) as u64
                 } else {
-                    (u128::from(v[0]) * u128::from(v[1]) >> bits) as u64
+                    ((u128::from(v[0]) * u128::from(v[1])) >> bits) as u64
                 };
                 Some(high.wrapping_add(v[2]))
             },
@@ -132,7 +132,7 @@ fn multiply_add_takes_either_half() {
     }
     let (low, high) = limits(4, true);
     check(&plain("mad.hi.sat.s32", 3), B32, &[B32, B32, B32], |v| {
-        let sum = (int(v[0], 4, true) * int(v[1], 4, true) >> 32) + int(v[2], 4, true);
+        let sum = ((int(v[0], 4, true) * int(v[1], 4, true)) >> 32) + int(v[2], 4, true);
         Some(sum.clamp(low, high) as u64)
     });
 }
@@ -184,7 +184,7 @@ fn signs_and_extremes() {
     binary("max", |a, b| Some(a.max(b)));
     for (name, ty, signed) in TYPES.into_iter().filter(|t| t.2) {
         check(&plain(&format!("abs.{name}"), 1), ty, &[ty], |v| {
-            Some(int(v[0], ty.1, signed).abs() as u64)
+            Some(int(v[0], ty.1, signed).unsigned_abs() as u64)
         });
         check(&plain(&format!("neg.{name}"), 1), ty, &[ty], |v| {
             Some(-int(v[0], ty.1, signed) as u64)
