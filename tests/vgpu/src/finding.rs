@@ -108,6 +108,35 @@ impl fmt::Display for Thread {
     }
 }
 
+/// Why two accesses race: what is missing between them, for those who test for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reason {
+    /// Nothing stands between them, not even a flag that failed.
+    Unordered,
+    /// One goes through the non-coherent path (`.nc`) and the other writes.
+    NonCoherent,
+    /// The flag between them is stored relaxed, with no fence before it in its thread.
+    FlagRelaxed,
+    /// The flag is stored relaxed; a fence stands in another thread of its block instead.
+    FenceElsewhere,
+    /// The flag was released at a scope that does not reach its reader.
+    ReleaseTooNarrow,
+    /// The flag was acquired at a scope that does not reach its writer.
+    AcquireTooNarrow,
+    /// The flag is read relaxed, with no fence after it in its thread.
+    FlagReadRelaxed,
+    /// One of them is weak and the other strong: the flag itself is read weakly.
+    FlagReadWeakly,
+    /// One of them is weak and the other strong: the flag itself is written weakly.
+    FlagWrittenWeakly,
+    /// The flag is an element of the vector that carries the data: elements have no order.
+    VectorElements,
+    /// Both are strong, but a scope leaves the other thread out.
+    ScopeTooNarrow,
+    /// Both are strong, but of different sizes, so that they overlap only in part.
+    MixedSizes,
+}
+
 /// One report of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
@@ -121,6 +150,8 @@ pub struct Finding {
     pub address: Option<u64>,
     /// The other access of a race.
     pub other: Option<(Option<Place>, Option<Thread>)>,
+    /// What is missing between the two accesses of a race.
+    pub reason: Option<Reason>,
     /// What happened, in a sentence.
     pub message: String,
 }

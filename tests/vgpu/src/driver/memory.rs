@@ -100,6 +100,7 @@ impl Driver {
                         thread: None,
                         address: Some(at),
                         other: None,
+                        reason: None,
                         message: format!("{name} of {words}"),
                     });
                 }

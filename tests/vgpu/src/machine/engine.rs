@@ -694,6 +694,7 @@ impl Machine {
                     thread: Some(thread),
                     address: None,
                     other: None,
+                    reason: None,
                     message: format!(
                         "the launch has run for {} warp operations and does not end; raise \
                          VGPU_BUDGET if it is only long",
@@ -874,6 +875,7 @@ impl Machine {
                 thread: first.map(|(_, thread)| thread),
                 address: None,
                 other: None,
+                reason: None,
                 message: format!("nothing can advance any more: {}", words.join("; ")),
             });
         }

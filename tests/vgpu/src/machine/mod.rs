@@ -155,6 +155,7 @@ impl Cx<'_> {
             thread: Some(self.thread(lane)),
             address,
             other: None,
+            reason: None,
             message,
         };
         self.world.findings.report(finding);

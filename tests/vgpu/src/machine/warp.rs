@@ -854,6 +854,7 @@ impl Warp {
                 thread: Some(cx.thread(lane)),
                 address: None,
                 other: None,
+                reason: None,
                 message: format!(
                     "lanes {:#x} wait for the lanes {members:#x} of their mask; lanes {:#x} stand \
                      elsewhere and never come",

@@ -338,6 +338,7 @@ fn race_finding(race: &Race, conflict: &Conflict, address: u64, writes: bool) ->
         thread,
         address: Some(address),
         other: Some(race.describe(conflict.other, conflict.other_op)),
+        reason: None,
         message: format!(
             "the host's {} and an earlier {} of the same bytes, in {}",
             if writes { "write" } else { "read" },
@@ -468,6 +469,7 @@ fn report_race(cx: &mut Cx, lane: usize, address: u64, conflict: &Conflict, doin
         thread: Some(cx.thread(lane)),
         address: Some(address),
         other: Some(other),
+        reason: None,
         message,
     };
     cx.world.findings.report(finding);
