@@ -25,7 +25,7 @@ use rustc_hash::FxHashMap;
 use crate::finding::{Place, Thread};
 use crate::machine::{Block, Launch, Warp};
 use crate::memory::{Order, Scope};
-use crate::registers::{FULL, LANES, lanes};
+use crate::registers::{FULL, LANES, Lanes, lanes};
 
 /// What a stream (or the host) knows: of each stream, how many of its pieces of work are done.
 #[derive(Debug, Clone, Default)]
@@ -90,8 +90,74 @@ impl Epoch {
     }
 }
 
-/// Knowledge that came through flags: of each warp (block and number), how far of each lane.
-pub type Knowledge = BTreeMap<(u64, u32), [u32; LANES]>;
+/// Knowledge that came through flags: of each block, how far of each lane of its warps. Sorted
+/// by block. What whole blocks know is handed around unchanged most of the time, so it is shared:
+/// to learn what one knows already is to compare pointers.
+#[derive(Debug, Clone, Default)]
+pub struct Knowledge {
+    blocks: Vec<(u64, Arc<Vec<Lanes>>)>,
+}
+
+impl Knowledge {
+    /// Of some warps of one block.
+    fn of_block(block: u64, warps: Vec<Lanes>) -> Self {
+        Self {
+            blocks: vec![(block, Arc::new(warps))],
+        }
+    }
+
+    /// How far of a lane.
+    #[inline(always)]
+    fn of_lane(&self, block: u64, warp: u32, lane: usize) -> u32 {
+        let found = self.blocks.binary_search_by_key(&block, |b| b.0);
+        let warps = found.ok().map(|at| &self.blocks[at].1);
+        warps
+            .and_then(|w| w.get(warp as usize))
+            .map_or(0, |times| times[lane])
+    }
+
+    /// Learns how far of the warps of a block.
+    fn add(&mut self, block: u64, warps: &Arc<Vec<Lanes>>) {
+        match self.blocks.binary_search_by_key(&block, |b| b.0) {
+            Err(at) => self.blocks.insert(at, (block, warps.clone())),
+            Ok(at) => {
+                let own = &mut self.blocks[at].1;
+                if Arc::ptr_eq(own, warps) || !has_news(own, warps) {
+                    return;
+                }
+                if !has_news(warps, own) {
+                    own.clone_from(warps);
+                    return;
+                }
+                let merged = Arc::make_mut(own);
+                if merged.len() < warps.len() {
+                    merged.resize(warps.len(), [0; LANES]);
+                }
+                for (own, new) in merged.iter_mut().zip(warps.iter()) {
+                    for (own, &new) in own.iter_mut().zip(new) {
+                        *own = new.max(*own);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether it concerns this block alone.
+    fn is_of(&self, block: u64) -> bool {
+        self.blocks.iter().all(|b| b.0 == block)
+    }
+}
+
+/// Whether `new` has anything later than `own`.
+fn has_news(own: &[Lanes], new: &[Lanes]) -> bool {
+    new.iter()
+        .enumerate()
+        .any(|(warp, new)| match own.get(warp) {
+            // Without a way out of the loop it is a few vector instructions.
+            Some(own) => own.iter().zip(new).fold(false, |any, (o, n)| any | (n > o)),
+            None => new.iter().any(|&n| n > 0),
+        })
+}
 
 fn join(mine: &mut Option<Arc<Knowledge>>, other: &Arc<Knowledge>) {
     let Some(own) = mine else {
@@ -101,18 +167,46 @@ fn join(mine: &mut Option<Arc<Knowledge>>, other: &Arc<Knowledge>) {
     if Arc::ptr_eq(own, other) {
         return;
     }
-    let news = other.iter().any(|(key, times)| match own.get(key) {
-        None => true,
-        Some(own) => own.iter().zip(times).any(|(own, new)| new > own),
+    let news = other.blocks.iter().any(|(block, theirs)| {
+        match own.blocks.binary_search_by_key(block, |b| b.0) {
+            Err(_) => true,
+            Ok(at) => {
+                let own = &own.blocks[at].1;
+                !Arc::ptr_eq(own, theirs) && has_news(own, theirs)
+            }
+        }
     });
     if !news {
         return;
     }
     let own = Arc::make_mut(own);
-    for (key, times) in other.iter() {
-        let known = own.entry(*key).or_insert([0; LANES]);
-        for (known, &time) in known.iter_mut().zip(times) {
-            *known = time.max(*known);
+    for (block, warps) in &other.blocks {
+        own.add(*block, warps);
+    }
+}
+
+/// What a lane knows; None is nothing.
+type Known = Option<Arc<Knowledge>>;
+
+fn same(a: &Known, b: &Known) -> bool {
+    match (a, b) {
+        (None, None) => true,
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        _ => false,
+    }
+}
+
+/// Lanes learn the same: those that knew the same before know the same afterwards.
+fn join_lanes(extra: &mut [Known; LANES], mask: u32, other: &Arc<Knowledge>) {
+    let mut last: Option<(Known, Known)> = None;
+    for lane in lanes(mask) {
+        match &last {
+            Some((before, after)) if same(before, &extra[lane]) => extra[lane].clone_from(after),
+            _ => {
+                let before = extra[lane].clone();
+                join(&mut extra[lane], other);
+                last = Some((before, extra[lane].clone()));
+            }
         }
     }
 }
@@ -211,7 +305,9 @@ impl WarpClock {
             }
         }
         for lane in lanes(members) {
-            self.extra[lane].clone_from(&joined);
+            if !same(&self.extra[lane], &joined) {
+                self.extra[lane].clone_from(&joined);
+            }
         }
     }
 
@@ -219,22 +315,13 @@ impl WarpClock {
     fn snapshot(&self, block: u64, warp: u32, x: usize, own: u32) -> Arc<Knowledge> {
         let mut all = self.extra[x]
             .as_ref()
-            .map_or_else(Knowledge::new, |extra| (**extra).clone());
-        let mut add = |w: u32, times: [u32; LANES]| {
-            let known = all.entry((block, w)).or_insert([0; LANES]);
-            for (known, time) in known.iter_mut().zip(times) {
-                *known = time.max(*known);
-            }
-        };
-        for (w, &known) in self.known.iter().enumerate() {
-            if known > 0 && w as u32 != warp {
-                add(w as u32, [known; LANES]);
-            }
-        }
-        add(
-            warp,
-            std::array::from_fn(|y| if y == x { own } else { self.of_lane(x, y) }),
-        );
+            .map_or_else(Knowledge::default, |extra| (**extra).clone());
+        let last = self.known.iter().rposition(|&known| known > 0);
+        let count = last.map_or(0, |last| last + 1).max(warp as usize + 1);
+        let mut warps: Vec<Lanes> = self.known[..count].iter().map(|&k| [k; LANES]).collect();
+        warps[warp as usize] =
+            std::array::from_fn(|y| if y == x { own } else { self.of_lane(x, y) });
+        all.add(block, &Arc::new(warps));
         Arc::new(all)
     }
 }
@@ -449,7 +536,7 @@ pub fn warp_sync(warp: &mut Warp, members: u32) {
 pub fn barrier(block: u64, warps: &mut [Warp], arrived: &[u32], waited: &[u32]) {
     let mut known = [0u32; LANES];
     let mut extra: Option<Arc<Knowledge>> = None;
-    let mut partial = Knowledge::new();
+    let mut partial: Vec<Lanes> = Vec::new();
     for (w, warp) in warps.iter_mut().enumerate() {
         if arrived[w] == 0 {
             continue;
@@ -464,7 +551,8 @@ pub fn barrier(block: u64, warps: &mut [Warp], arrived: &[u32], waited: &[u32]) 
             known[w] = known[w].max(time);
         } else {
             let times = std::array::from_fn(|l| if arrived[w] >> l & 1 != 0 { time } else { 0 });
-            partial.insert((block, w as u32), times);
+            partial.resize(w + 1, [0; LANES]);
+            partial[w] = times;
         }
         if let Some(lane) = lanes(arrived[w]).next()
             && let Some(other) = &warp.clock.extra[lane]
@@ -473,7 +561,7 @@ pub fn barrier(block: u64, warps: &mut [Warp], arrived: &[u32], waited: &[u32]) 
         }
     }
     if !partial.is_empty() {
-        join(&mut extra, &Arc::new(partial));
+        join(&mut extra, &Arc::new(Knowledge::of_block(block, partial)));
     }
     for (w, warp) in warps.iter_mut().enumerate() {
         if waited[w] == 0 {
@@ -485,18 +573,11 @@ pub fn barrier(block: u64, warps: &mut [Warp], arrived: &[u32], waited: &[u32]) 
                 *own = new.max(*own);
             }
         } else {
-            let mut lent = Knowledge::new();
-            for (other, &time) in known.iter().enumerate() {
-                if time > 0 {
-                    lent.insert((block, other as u32), [time; LANES]);
-                }
-            }
-            join(&mut extra, &Arc::new(lent));
+            let lent = known.iter().map(|&time| [time; LANES]).collect();
+            join(&mut extra, &Arc::new(Knowledge::of_block(block, lent)));
         }
         if let Some(extra) = extra {
-            for lane in lanes(waited[w]) {
-                join(&mut warp.clock.extra[lane], &extra);
-            }
+            join_lanes(&mut warp.clock.extra, waited[w], &extra);
         }
     }
 }
@@ -526,7 +607,7 @@ pub fn fence(block: u64, warp: &mut Warp, mask: u32, order: Order, scope: Scope)
 /// Whether a scope reaches from a block to those whose knowledge came along. Knowledge within
 /// the block is of use at any scope.
 fn includes(scope: Scope, knowledge: &Knowledge, block: u64) -> bool {
-    scope > Scope::Cluster || knowledge.keys().all(|&(b, _)| b == block)
+    scope > Scope::Cluster || knowledge.is_of(block)
 }
 
 /// What a release left at a flag.

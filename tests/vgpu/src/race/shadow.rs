@@ -179,8 +179,7 @@ impl Agent<'_> {
         let extra = &self.clock.extra[self.lane];
         extra
             .as_ref()
-            .and_then(|e| e.get(&(block, warp)))
-            .is_some_and(|times| times[lane] > epoch.time())
+            .is_some_and(|e| e.of_lane(block, warp, lane) > epoch.time())
     }
 
     /// Whether the lane knows of the same access by several lanes of a warp.

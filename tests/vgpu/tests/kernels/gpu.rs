@@ -66,6 +66,10 @@ impl Gpu {
             seed,
             ..Config::default()
         };
+        Self::with(module, config)
+    }
+
+    pub(crate) fn with(module: &Module, config: Config) -> Self {
         let mut rig = Rig::new(config);
         let loaded = rig.load(module).expect("the module loads");
         Self { rig, loaded }
