@@ -25,13 +25,15 @@ pub enum Kind {
     Deadlock,
     /// A write to memory that may only be read.
     ReadOnly,
+    /// An access to memory of another device that this one may not, or cannot, make.
+    PeerAccess,
     /// A failed device-side `assert`, `trap`, or an instruction that may not be executed so.
     Trap,
 }
 
 impl Kind {
     /// Every kind there is.
-    pub const ALL: [Kind; 10] = [
+    pub const ALL: [Kind; 11] = [
         Kind::OutOfBounds,
         Kind::Misaligned,
         Kind::UseAfterFree,
@@ -41,6 +43,7 @@ impl Kind {
         Kind::Barrier,
         Kind::Deadlock,
         Kind::ReadOnly,
+        Kind::PeerAccess,
         Kind::Trap,
     ];
 
@@ -56,6 +59,7 @@ impl Kind {
             Kind::Barrier => "barrier",
             Kind::Deadlock => "deadlock",
             Kind::ReadOnly => "read-only",
+            Kind::PeerAccess => "peer-access",
             Kind::Trap => "trap",
         }
     }
@@ -297,12 +301,18 @@ pub enum Fault {
     LaunchFailed,
     /// `CUDA_ERROR_LAUNCH_TIMEOUT`: nothing can advance any more.
     LaunchTimeout,
+    /// `CUDA_ERROR_NVLINK_UNCORRECTABLE`: the link, or the device behind it, is dead.
+    NvlinkUncorrectable,
+    /// `CUDA_ERROR_ECC_UNCORRECTABLE`: the device is dead.
+    EccUncorrectable,
 }
 
 impl Fault {
     /// The code of the driver API.
     pub fn code(self) -> u32 {
         match self {
+            Fault::EccUncorrectable => 214,
+            Fault::NvlinkUncorrectable => 220,
             Fault::IllegalAddress => 700,
             Fault::LaunchTimeout => 702,
             Fault::Assert => 710,

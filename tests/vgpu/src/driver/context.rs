@@ -39,6 +39,7 @@ impl Driver {
             return;
         };
         let device = context.device;
+        self.forget_peers(handle);
         let alone = !self.contexts.values().any(|c| c.device == device);
         if alone {
             self.machine.cancel(device);

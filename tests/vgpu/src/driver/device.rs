@@ -132,13 +132,6 @@ api! {
         value.set(found.ok_or(Status::INVALID_VALUE)?)
     }
 
-    fn cuDeviceCanAccessPeer(can: Out<i32>, device: i32, peer: i32) |driver| {
-        driver.properties(device)?;
-        driver.properties(peer)?;
-        // Several devices come with a later stage.
-        can.set(0)
-    }
-
     fn cuDevicePrimaryCtxRetain(context: Out<u64>, device: i32) |driver| {
         driver.properties(device)?;
         let handle = driver.retain_primary(device as u32);

@@ -538,6 +538,22 @@ api! {
         copy(driver, "cuMemcpyDtoD", rows, None)
     }
 
+    fn cuMemcpyPeer(to: u64, to_context: Handle, from: u64, from_context: Handle, bytes: u64) |driver| {
+        driver.context(to_context)?;
+        driver.context(from_context)?;
+        let rows = Rows::one(End::Device(to), End::Device(from), bytes);
+        copy(driver, "cuMemcpyPeer", rows, None)
+    }
+
+    fn cuMemcpyPeerAsync(
+        to: u64, to_context: Handle, from: u64, from_context: Handle, bytes: u64, stream: Handle,
+    ) |driver| {
+        driver.context(to_context)?;
+        driver.context(from_context)?;
+        let rows = Rows::one(End::Device(to), End::Device(from), bytes);
+        copy(driver, "cuMemcpyPeerAsync", rows, Some(stream))
+    }
+
     fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: u64, stream: Handle) |driver| {
         let rows = Rows::one(End::Device(to), End::Device(from), bytes);
         copy(driver, "cuMemcpyDtoDAsync", rows, Some(stream))

@@ -10,12 +10,13 @@ mod device;
 mod launch;
 mod memory;
 mod module;
+mod peer;
 mod refused;
 mod status;
 mod stream;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -26,6 +27,7 @@ use status::{Out, Outcome, Status};
 use crate::finding::Kind;
 use crate::loader::Loaded;
 use crate::machine::{Command, Config, EventId, Machine, Progress, StreamId};
+use crate::memory::MAX_DEVICES;
 use crate::program::Kernel;
 
 /// A handle of the API: a pointer in C.
@@ -99,6 +101,8 @@ struct Driver {
     contexts: BTreeMap<Handle, Context>,
     /// The primary context of each device, and how often it is held.
     primaries: Vec<(Option<Handle>, u32, u32)>,
+    /// Peer access, from context to context.
+    peers: BTreeSet<(Handle, Handle)>,
     modules: BTreeMap<Handle, Module>,
     functions: BTreeMap<Handle, Function>,
     streams: BTreeMap<Handle, Stream>,
@@ -128,7 +132,7 @@ fn number(name: &str) -> Option<u64> {
 fn configuration() -> Config {
     let mut config = Config::default();
     if let Some(devices) = number("VGPU_DEVICES") {
-        config.devices = devices.min(64) as u32;
+        config.devices = devices.min(MAX_DEVICES.into()) as u32;
     }
     if let Some(arch) = number("VGPU_ARCH") {
         config.arch = arch.clamp(70, 200) as u32;
@@ -136,6 +140,12 @@ fn configuration() -> Config {
     config.seed = number("VGPU_SEED").unwrap_or(0);
     if let Some(budget) = number("VGPU_BUDGET") {
         config.launch_budget = budget;
+    }
+    if let Ok(text) = std::env::var("VGPU_TOPOLOGY") {
+        match text.parse() {
+            Ok(topology) => config.topology = topology,
+            Err(error) => eprintln!("vgpu: VGPU_TOPOLOGY: {error}; ignored"),
+        }
     }
     if let Ok(list) = std::env::var("VGPU_CHECK") {
         config.checks = match list.trim() {
@@ -165,6 +175,7 @@ impl Driver {
             initialised: false,
             contexts: BTreeMap::new(),
             primaries: vec![(None, 0, 0); devices],
+            peers: BTreeSet::new(),
             modules: BTreeMap::new(),
             functions: BTreeMap::new(),
             streams: BTreeMap::new(),
@@ -397,6 +408,7 @@ fn address_of(name: &str) -> Option<usize> {
             context::table(),
             memory::table(),
             module::table(),
+            peer::table(),
             stream::table(),
             launch::table(),
             refused::table(),

@@ -17,7 +17,6 @@ refuse! {
     cuArray3DGetDescriptor_v2
     cuArrayDestroy
     cuDestroyExternalMemory
-    cuDeviceGetP2PAttribute
     cuExternalMemoryGetMappedBuffer
     cuGraphAddKernelNode
     cuGraphCreate
@@ -28,6 +27,11 @@ refuse! {
     cuGraphKernelNodeGetParams
     cuGraphNodeGetType
     cuImportExternalMemory
+    cuIpcCloseMemHandle
+    cuIpcGetEventHandle
+    cuIpcGetMemHandle
+    cuIpcOpenEventHandle
+    cuIpcOpenMemHandle_v2
     cuLinkAddData_v2
     cuLinkComplete
     cuLinkCreate_v2

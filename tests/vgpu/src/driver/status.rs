@@ -32,8 +32,10 @@ codes! {
     INVALID_IMAGE = 200, "INVALID_IMAGE", "device kernel image is invalid";
     INVALID_CONTEXT = 201, "INVALID_CONTEXT", "invalid device context";
     NO_BINARY_FOR_GPU = 209, "NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device";
+    ECC_UNCORRECTABLE = 214, "ECC_UNCORRECTABLE", "uncorrectable ECC error encountered";
     PEER_ACCESS_UNSUPPORTED = 217, "PEER_ACCESS_UNSUPPORTED", "peer access is not supported between these two devices";
     INVALID_PTX = 218, "INVALID_PTX", "a PTX JIT compilation failed";
+    NVLINK_UNCORRECTABLE = 220, "NVLINK_UNCORRECTABLE", "uncorrectable NVLink error detected during the execution";
     FILE_NOT_FOUND = 301, "FILE_NOT_FOUND", "file not found";
     INVALID_HANDLE = 400, "INVALID_HANDLE", "invalid resource handle";
     NOT_FOUND = 500, "NOT_FOUND", "named symbol not found";
@@ -46,6 +48,7 @@ codes! {
     PRIMARY_CONTEXT_ACTIVE = 708, "PRIMARY_CONTEXT_ACTIVE", "cannot set while device is active in this process";
     CONTEXT_IS_DESTROYED = 709, "CONTEXT_IS_DESTROYED", "context is destroyed";
     ASSERT = 710, "ASSERT", "device-side assert triggered";
+    TOO_MANY_PEERS = 711, "TOO_MANY_PEERS", "peer mapping resources exhausted";
     HOST_MEMORY_ALREADY_REGISTERED = 712, "HOST_MEMORY_ALREADY_REGISTERED", "part or all of the requested memory range is already mapped";
     HOST_MEMORY_NOT_REGISTERED = 713, "HOST_MEMORY_NOT_REGISTERED", "pointer does not correspond to a registered memory region";
     HARDWARE_STACK_ERROR = 714, "HARDWARE_STACK_ERROR", "hardware stack error";

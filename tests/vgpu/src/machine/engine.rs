@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::device::{Device, Properties};
 use super::{Barriers, Block, Launch, Warp, WarpState, World};
 use crate::finding::{Fault, Finding, Findings, Kind, Thread};
-use crate::memory::{Memory, SharedMemory};
+use crate::memory::{Memory, SharedMemory, Topology};
 use crate::race::{self, BlockClock, StreamClock};
 use crate::registers::LANES;
 
@@ -41,6 +41,8 @@ pub struct Config {
     pub launch_budget: u64,
     /// The checks that are on.
     pub checks: Vec<Kind>,
+    /// What lies between the devices.
+    pub topology: Topology,
 }
 
 impl Default for Config {
@@ -51,6 +53,7 @@ impl Default for Config {
             seed: 0,
             launch_budget: 2_000_000_000,
             checks: Kind::ALL.to_vec(),
+            topology: Topology::default(),
         }
     }
 }

@@ -7,10 +7,12 @@
 //! [`SHARED_WINDOW`], [`LOCAL_WINDOW`] and [`PARAM_WINDOW`].
 
 mod lane_memory;
+mod links;
 mod region;
 mod space;
 
 pub use lane_memory::LaneMemory;
+pub use links::{Crossing, Fabric, Links, MAX_DEVICES, Reach, Topology, TopologyError};
 pub use space::{Allocation, Memory, MemoryError, SharedMemory};
 
 use crate::finding::Fault;

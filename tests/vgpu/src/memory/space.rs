@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
+use super::links::{Crossing, Fabric, Links, Reach};
 use super::region::Region;
 use super::{
     Access, Data, FRAME_PARAMS, LOCAL_WINDOW, Order, PARAM_WINDOW, SHARED_WINDOW, Space, space_of,
@@ -32,6 +33,8 @@ pub struct Allocation {
     pub constant: bool,
     /// Part of a module: `free` is not for it.
     pub variable: bool,
+    /// The devices that may access it besides its own.
+    pub reach: Reach,
     /// The bytes, exactly as many as were asked for, and what is known of them.
     pub region: Region,
 }
@@ -49,6 +52,8 @@ pub struct Memory {
     /// The next free address of each device.
     next: Vec<u64>,
     changes: u64,
+    /// What lies between the devices.
+    pub links: Links,
     /// The tables of the race checks.
     pub race: Race,
     /// What the host's copies and fills did wrong.
@@ -80,6 +85,7 @@ impl Memory {
                 .map(|device| FIRST_ADDRESS + device * DEVICE_WINDOW)
                 .collect(),
             changes: 0,
+            links: Links::new(&config.topology, config.devices),
             race: Race::new(config.checks.contains(&Kind::Race)),
             findings: Vec::new(),
         }
@@ -141,6 +147,7 @@ impl Memory {
             device,
             constant,
             variable,
+            reach: Reach::Peers,
             region,
         };
         self.allocations.insert(at, allocation);
@@ -158,10 +165,19 @@ impl Memory {
             device,
             constant: false,
             variable: false,
+            reach: Reach::Everyone,
             region,
         };
         self.freed.remove(&(at as u64));
         self.allocations.insert(at as u64, allocation);
+    }
+
+    /// Changes which devices may access an allocation, by its first address: for pools, whose
+    /// memory peer access does not cover.
+    pub fn set_reach(&mut self, address: u64, reach: Reach) {
+        if let Some(allocation) = self.allocations.get_mut(&address) {
+            allocation.reach = reach;
+        }
     }
 
     /// Writes a variable's initial value, constants included.
@@ -303,6 +319,11 @@ impl Memory {
 
     /// Copies between allocations; what nobody wrote stays unwritten.
     pub fn copy(&mut self, to: u64, from: u64, len: usize) -> Result<(), MemoryError> {
+        if let (Some((_, source)), Some((_, target))) = (self.containing(from), self.containing(to))
+            && self.links.loses_copy(source.device, target.device)
+        {
+            return Ok(());
+        }
         let mut bytes = vec![0; len];
         self.read(from, &mut bytes)?;
         let unwritten: Vec<usize> = {
@@ -576,6 +597,7 @@ fn common_region<'a>(
     shared: &'a mut SharedMemory,
     access: &Access,
     writes: bool,
+    device: u32,
 ) -> Option<(&'a mut Region, &'a mut Race, u64, bool)> {
     let first = access.addresses[access.mask.trailing_zeros() as usize & 31];
     let (mut low, mut high, mut bits) = (first, first, 0);
@@ -598,7 +620,7 @@ fn common_region<'a>(
         }
         Space::Global | Space::Const | Space::Generic => {
             let (&base, allocation) = memory.allocations.range_mut(..=first).next_back()?;
-            if writes && allocation.constant {
+            if writes && allocation.constant || !memory.links.is_plain(device, allocation) {
                 return None;
             }
             (&mut allocation.region, base, false)
@@ -631,6 +653,49 @@ fn locate(cx: &Cx, last: &mut Option<Found>, address: u64, bytes: u32) -> Option
     let len = allocation.region.len() as u64;
     *last = Some(Found { base, len });
     (address - base + u64::from(bytes) <= len).then_some((base, address - base))
+}
+
+/// Whether an access reaches the memory it is for, which may be another device's; if not, a write
+/// is lost and a read gives ones.
+fn arrives(cx: &mut Cx, lane: usize, base: u64, at: u64, doing: Doing) -> Result<bool, Fault> {
+    let memory = &mut cx.world.memory;
+    let from = cx.launch.device;
+    let Some(allocation) = memory.allocations.get(&base) else {
+        return Ok(true);
+    };
+    if memory.links.is_plain(from, allocation) {
+        return Ok(true);
+    }
+    let (to, reach) = (allocation.device, allocation.reach);
+    match memory.links.cross(from, to, reach, doing != Doing::Load) {
+        Crossing::Arrives => {
+            if doing == Doing::Atomic && memory.links.fabric(from, to) == Fabric::Pcie {
+                let message = format!(
+                    "an atomic operation on memory of device {to}, which device {from} reaches \
+                     over PCIe, where it is not atomic"
+                );
+                cx.report(Kind::PeerAccess, lane, Some(at), message);
+            }
+            Ok(true)
+        }
+        Crossing::Lost => Ok(false),
+        Crossing::Fatal => Err(Fault::NvlinkUncorrectable),
+        Crossing::Barred => {
+            let remedy = match reach {
+                Reach::Devices(_) => "cuMemPoolSetAccess of its pool does not name the device",
+                _ if memory.links.can_access(from, to) => {
+                    "cuCtxEnablePeerAccess was not called for this direction"
+                }
+                _ => "the two devices cannot reach each other",
+            };
+            let message = format!(
+                "a {} by device {from} of memory of device {to} without peer access: {remedy}",
+                doing.word()
+            );
+            cx.report(Kind::PeerAccess, lane, Some(at), message);
+            Err(Fault::IllegalAddress)
+        }
+    }
 }
 
 fn note(cx: &mut Cx, access: &Access) {
@@ -675,9 +740,13 @@ fn take(data: &Data, lane: usize, n: usize) -> ([u8; 32], u32) {
 
 /// A load whose lanes all lie in one region; false if they do not.
 fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
-    let Some((region, race, base, is_shared)) =
-        common_region(cx.world, &mut cx.block.shared, access, false)
-    else {
+    let Some((region, race, base, is_shared)) = common_region(
+        cx.world,
+        &mut cx.block.shared,
+        access,
+        false,
+        cx.launch.device,
+    ) else {
         return false;
     };
     let n = access.bytes as usize;
@@ -746,9 +815,13 @@ fn store_together(cx: &mut Cx, access: &Access, data: &Data) -> bool {
     if undef.fold(0, |all, plane| all | plane) & access.mask != 0 {
         return false;
     }
-    let Some((region, race, base, is_shared)) =
-        common_region(cx.world, &mut cx.block.shared, access, true)
-    else {
+    let Some((region, race, base, is_shared)) = common_region(
+        cx.world,
+        &mut cx.block.shared,
+        access,
+        true,
+        cx.launch.device,
+    ) else {
         return false;
     };
     let mut found = None;
@@ -820,6 +893,10 @@ pub(super) fn load(cx: &mut Cx, access: &Access, data: &mut Data) -> Result<(), 
                 let Some((base, offset)) = locate(cx, &mut last, at, access.bytes) else {
                     return Err(outside(cx, lane, space, at, access.bytes, Doing::Load));
                 };
+                if !arrives(cx, lane, base, at, Doing::Load)? {
+                    put(data, lane, &[0xff; 32][..n], 0);
+                    continue;
+                }
                 check_race(cx, access, lane, Some(base), offset as u32, Doing::Load);
                 if let Some(allocation) = cx.world.memory.allocations.get(&base) {
                     let offset = offset as usize;
@@ -964,6 +1041,9 @@ fn store_global(
     let Some((base, offset)) = locate(cx, last, at, access.bytes) else {
         return Err(outside(cx, lane, Space::Global, at, access.bytes, doing));
     };
+    if !arrives(cx, lane, base, at, doing)? {
+        return Ok(());
+    }
     if cx.world.memory.is_constant(at) {
         let message = format!("a {} of {n} bytes in a constant variable", doing.word());
         cx.report(Kind::ReadOnly, lane, Some(at), message);
@@ -1012,6 +1092,12 @@ pub(super) fn atomic(
             let message = "an atomic operation on a constant variable".to_owned();
             cx.report(Kind::ReadOnly, lane, Some(at), message);
             return Err(Fault::IllegalAddress);
+        }
+        if let Some(base) = base
+            && !arrives(cx, lane, base, at, Doing::Atomic)?
+        {
+            put(old, lane, &[0xff; 8][..n], 0);
+            continue;
         }
         let offset = offset as usize;
         let region = |cx: &mut Cx| -> (u64, u32) {
