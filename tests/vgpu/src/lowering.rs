@@ -18,9 +18,9 @@ use crate::registers::{Pred, R32, R64, Registers};
 /// Generic addresses of functions: this plus 16 for each function of the module, in its order.
 pub const CODE_WINDOW: u64 = 1 << 36;
 /// Operations are numbered, over all modules, so that tables can name them by a word; the race
-/// checks have 28 bits for it.
+/// checks have 27 bits for it.
 static NEXT_OP: AtomicU32 = AtomicU32::new(1);
-const OP_MASK: u32 = (1 << 28) - 1;
+const OP_MASK: u32 = (1 << 27) - 1;
 /// Registers (in rows) a function may declare.
 const MAX_ROWS: usize = 1 << 17;
 /// Bytes of local, shared or parameter variables a function may declare.

@@ -58,6 +58,15 @@ impl Region {
         })
     }
 
+    /// `bytes` that nobody has written and one block uses; None if the host has not that many.
+    pub fn of_block(bytes: usize, races: bool) -> Option<Self> {
+        let region = Self::new(bytes, false)?;
+        Some(Self {
+            shadow: races.then(|| Shadow::of_block(bytes)),
+            ..region
+        })
+    }
+
     /// Memory of the host, which may have been written by anybody.
     ///
     /// # Safety

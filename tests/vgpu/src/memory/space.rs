@@ -70,7 +70,7 @@ impl SharedMemory {
     /// `bytes` that nobody has written.
     pub fn new(bytes: u32, races: bool) -> Self {
         Self {
-            region: Region::new(bytes as usize, races).unwrap_or_default(),
+            region: Region::of_block(bytes as usize, races).unwrap_or_default(),
         }
     }
 }

@@ -13,12 +13,15 @@
 //! leaves what the releasing thread knows at the flag, an acquire that reads the flag joins it.
 //! Shuffles and votes order nothing (the ISA gives them no memory ordering).
 
+mod agent;
+mod readers;
 mod shadow;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-pub use shadow::{Agent, Cell, Conflict, Shadow};
+pub use agent::{Agent, Conflict};
+pub use shadow::{Cell, Shadow};
 
 use rustc_hash::FxHashMap;
 
@@ -87,6 +90,37 @@ impl Epoch {
 
     fn time(self) -> u32 {
         self.0 as u32 & ((1 << TIME_BITS) - 1)
+    }
+}
+
+/// What memory keeps of an operation that touched it, in one word: the operation's number,
+/// whether it is anything but a plain access (strong, or through the non-coherent path: then
+/// [`Race`] knows the rest), and which bytes of the word it touched (4 bits).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Touch(u32);
+
+impl Touch {
+    #[inline(always)]
+    fn new(op: u32, special: bool, bytes: u8) -> Self {
+        Self(op << 5 | u32::from(special) << 4 | u32::from(bytes))
+    }
+
+    fn op(self) -> u32 {
+        self.0 >> 5
+    }
+
+    #[inline(always)]
+    fn special(self) -> bool {
+        self.0 & 16 != 0
+    }
+
+    #[inline(always)]
+    fn bytes(self) -> u8 {
+        self.0 as u8 & 15
+    }
+
+    fn same_operation(self, other: Self) -> bool {
+        self.0 >> 4 == other.0 >> 4
     }
 }
 
@@ -372,7 +406,7 @@ pub struct Race {
     /// The last piece of work each stream began.
     latest: BTreeMap<u32, u64>,
     accesses: FxHashMap<u32, Access>,
-    readers: shadow::Readers,
+    readers: readers::Readers,
     /// The host call in progress: its number among the actors, and what it knows.
     host: Option<(u64, LaunchClock)>,
 }
@@ -397,7 +431,7 @@ impl Race {
             actors: vec![nobody],
             latest: BTreeMap::new(),
             accesses: FxHashMap::from_iter([(HOST_OP, host)]),
-            readers: shadow::Readers::default(),
+            readers: readers::Readers::default(),
             host: None,
         }
     }
@@ -471,6 +505,12 @@ impl Race {
             strong: (order != Order::Weak).then_some(scope),
             non_coherent,
         });
+    }
+
+    /// Whether two operations' accesses are of the same kind.
+    fn same_kind(&self, one: u32, other: u32) -> bool {
+        let kind = |op| self.accesses.get(&op).map(|a| (a.strong, a.non_coherent));
+        kind(one) == kind(other)
     }
 
     /// Who made an access, and where in the code; nothing of either for the host.

@@ -1,266 +1,108 @@
 //! What memory remembers of the accesses to each of its words: the last write, and the reads
 //! since. After C. Flanagan and S. Freund, "FastTrack: Efficient and Precise Dynamic Race
-//! Detection" (PLDI 2009), for words of four bytes with a mask of bytes, and for sets of reads
-//! that many words share (a warp reads a row: thirty-two words, one story).
+//! Detection" (PLDI 2009), for words of four bytes with a mask of bytes.
+//!
+//! Of the reads, the last one of a warp is kept with the word; those before it that it does not
+//! cover are a set in `readers`. Memory that one block uses keeps a last read for every warp:
+//! all its warps read the same tiles over and over, and none disturbs another's.
 
 use bytemuck::{Pod, Zeroable};
 use rustc_hash::FxHashMap;
 
-use super::{Epoch, HOST_OP, LaunchClock, Race, WarpClock};
+use super::readers::Reader;
+use super::{Agent, Conflict, Epoch, HOST_OP, Race, Touch, WarpClock};
 use crate::memory::Scope;
-use crate::registers::lanes;
+use crate::registers::{LANES, lanes};
 
-/// Reads kept of one word; further readers are forgotten.
-const MOST_READERS: u32 = 1 << 12;
-/// How far back in a word's reads to look for one of the same warp.
-const LOOK_BACK: u32 = 64;
-/// Sets of reads kept before the old ones are forgotten.
-const MOST_SETS: usize = 1 << 20;
-
-/// A word's memory: the epoch of the last write; the warp that read it last, with its time (an
-/// epoch without a lane) and the lanes that did; the number of the set of reads before those; and
-/// the operation of each side, with the bytes it concerns in the low four bits.
+/// A word's memory: the epoch of the last write, its operation, and the number of the set of
+/// reads before the last ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Cell {
     write: u64,
-    read: u64,
-    write_op: u32,
-    read_op: u32,
-    read_lanes: u32,
-    reads_before: u32,
+    write_touch: u32,
+    reads: u32,
 }
 
 /// In `Cell::write`: the bytes of the word have stories of their own, kept elsewhere.
 const SPLIT: u64 = u64::MAX;
 
+/// The last warp that read a word: its time (an epoch without a lane), the operation, and the
+/// lanes that did. No epoch is nobody.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+struct Last {
+    epoch: u64,
+    touch: u32,
+    lanes: u32,
+}
+
+/// What a warp of the block read last of a word.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+struct Own {
+    time: u32,
+    touch: u32,
+    lanes: u32,
+}
+
+/// The last reads of each word.
+#[derive(Debug)]
+enum Reads {
+    /// One, by whichever warp.
+    Any(Box<[Last]>),
+    /// One of each warp of the block: which warps have read since the last write, and what.
+    Block {
+        warps: Box<[u32]>,
+        own: Box<[Option<Box<[Own]>>; LANES]>,
+    },
+}
+
+impl Default for Reads {
+    fn default() -> Self {
+        Reads::Any(Box::default())
+    }
+}
+
 /// The memory of a stretch of memory.
 #[derive(Debug, Default)]
 pub struct Shadow {
     cells: Box<[Cell]>,
+    reads: Reads,
     split: FxHashMap<u32, [(u64, u32); 4]>,
 }
 
-/// One read, or the same by several lanes of a warp, and the reads before it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Reader {
-    before: u32,
-    block: u64,
-    warp: u32,
-    time: u32,
-    lanes: u32,
-    op: u32,
-    bytes: u8,
-}
-
-/// All sets of reads.
-#[derive(Debug, Default)]
-pub(super) struct Readers {
-    /// Set `n` is number `n - first` here; 0 is the empty set.
-    first: u32,
-    list: Vec<(Reader, u32)>,
-    numbers: FxHashMap<Reader, u32>,
-}
-
-impl Readers {
-    fn get(&self, set: u32) -> Option<&(Reader, u32)> {
-        self.list.get(set.checked_sub(self.first + 1)? as usize)
-    }
-
-    fn len(&self, set: u32) -> u32 {
-        self.get(set).map_or(0, |s| s.1)
-    }
-
-    /// The set with one more read, unless it is full or has it already.
-    fn push(&mut self, reader: Reader) -> u32 {
-        let mut at = reader.before;
-        for _ in 0..LOOK_BACK {
-            let Some((other, _)) = self.get(at) else {
-                break;
-            };
-            let same = (other.block, other.warp, other.time, other.op, other.bytes)
-                == (
-                    reader.block,
-                    reader.warp,
-                    reader.time,
-                    reader.op,
-                    reader.bytes,
-                );
-            if same && reader.lanes & !other.lanes == 0 {
-                return reader.before;
-            }
-            at = other.before;
-        }
-        if self.len(reader.before) >= MOST_READERS {
-            return reader.before;
-        }
-        self.intern(reader)
-    }
-
-    fn intern(&mut self, reader: Reader) -> u32 {
-        if let Some(&number) = self.numbers.get(&reader) {
-            return number;
-        }
-        if self.list.len() >= MOST_SETS {
-            self.first += self.list.len() as u32;
-            self.list.clear();
-            self.numbers.clear();
-        }
-        let len = self.len(reader.before) + 1;
-        self.list.push((reader, len));
-        let number = self.first + self.list.len() as u32;
-        self.numbers.insert(reader, number);
-        number
-    }
-}
-
-/// A lane about to access memory.
-pub struct Agent<'a> {
-    /// The block's number among the actors.
-    pub block: u64,
-    /// The warp in it.
-    pub warp: u32,
-    /// The lane in that.
-    pub lane: usize,
-    /// What the warp's lanes know.
-    pub clock: &'a mut WarpClock,
-    /// What the launch knows.
-    pub launch: &'a LaunchClock,
-    /// The device it runs on.
-    pub device: u32,
-    /// The operation.
-    pub op: u32,
-    /// The scope of a strong access.
-    pub strong: Option<Scope>,
-    /// Through the non-coherent path.
-    pub non_coherent: bool,
-}
-
-/// Two accesses that nothing orders.
-#[derive(Debug, Clone, Copy)]
-pub struct Conflict {
-    /// The one before.
-    pub other: Epoch,
-    /// Its operation.
-    pub other_op: u32,
-    /// Whether it wrote.
-    pub other_wrote: bool,
-    /// This one.
-    pub this: Epoch,
-    /// One of the two goes through the non-coherent path and the other writes.
-    pub non_coherent: bool,
-    /// A write to bytes that nobody had written before: the earlier read got nothing.
-    pub unwritten: bool,
-}
-
-impl Agent<'_> {
-    fn epoch(&self) -> Epoch {
-        Epoch::new(self.block, self.warp, self.lane, self.clock.time)
-    }
-
-    /// Whether the lane knows of an access.
-    #[inline(always)]
-    fn knows(&self, race: &Race, epoch: Epoch) -> bool {
-        let (block, warp, lane) = (epoch.block(), epoch.warp(), epoch.lane());
-        if block < self.launch.floor {
-            return true;
-        }
-        if block == self.block {
-            let own = warp == self.warp;
-            if own && (lane == self.lane || self.clock.of_lane(self.lane, lane) > epoch.time()) {
-                return true;
-            }
-            if !own && self.clock.known[warp as usize] > epoch.time() {
-                return true;
-            }
-        } else if race.knows_actor(self.launch, block) {
-            return true;
-        }
-        let extra = &self.clock.extra[self.lane];
-        extra
-            .as_ref()
-            .is_some_and(|e| e.of_lane(block, warp, lane) > epoch.time())
-    }
-
-    /// Whether the lane knows of the same access by several lanes of a warp.
-    #[inline(always)]
-    fn knows_lanes(&self, race: &Race, epoch: Epoch, mask: u32) -> bool {
-        lanes(mask).all(|lane| self.knows(race, epoch.with_lane(lane)))
-    }
-
-    /// A set of reads without the last ones as far as the lane knows of them.
-    fn without_known(&self, race: &Race, set: u32, bytes: u8) -> u32 {
-        let mut set = set;
-        while let Some(&(reader, _)) = race.readers.get(set) {
-            let epoch = Epoch::new(reader.block, reader.warp, 0, reader.time);
-            if reader.bytes & !bytes != 0 || !self.knows_lanes(race, epoch, reader.lanes) {
-                break;
-            }
-            set = reader.before;
-        }
-        set
-    }
-
-    /// Whether two strong accesses reach each other, so that they may meet without order.
-    fn morally_strong(&self, race: &Race, other: Epoch, op: u32) -> bool {
-        let (Some(mine), Some(access)) = (self.strong, race.accesses.get(&op)) else {
-            return false;
-        };
-        let Some(theirs) = access.strong else {
-            return false;
-        };
-        match mine.min(theirs) {
-            Scope::Cta | Scope::Cluster => other.block() == self.block,
-            Scope::Gpu => race.actors[other.block() as usize].device == self.device,
-            Scope::Sys => true,
-        }
-    }
-
-    fn against(&self, race: &Race, other: Epoch, op: u32, wrote: bool) -> Option<Conflict> {
-        let conflict = Conflict {
-            other,
-            other_op: op,
-            other_wrote: wrote,
-            this: self.epoch(),
-            non_coherent: false,
-            unwritten: false,
-        };
-        // The non-coherent path wants memory that nobody writes during the launch, ordered or
-        // not.
-        let non_coherent = if wrote {
-            self.non_coherent
-        } else {
-            race.accesses.get(&op).is_some_and(|a| a.non_coherent)
-        };
-        if non_coherent && other.block() >= self.launch.first {
-            let same = race.actors[other.block() as usize];
-            if (same.stream, same.number) == (self.launch.stream, self.launch.number) {
-                return Some(Conflict {
-                    non_coherent: true,
-                    ..conflict
-                });
-            }
-        }
-        if self.knows(race, other) || self.morally_strong(race, other, op) {
-            return None;
-        }
-        Some(conflict)
-    }
+/// Zeros, or nothing: too large to remember is too large to check.
+fn zeros<T: Zeroable>(n: usize) -> Box<[T]> {
+    bytemuck::allocation::try_zeroed_slice_box(n).unwrap_or_default()
 }
 
 impl Shadow {
-    /// For so many bytes.
+    /// For so many bytes that anybody may access.
     pub fn new(bytes: usize) -> Self {
         let words = bytes.div_ceil(4);
-        // Too large to remember is too large to check.
-        let cells = bytemuck::allocation::try_zeroed_slice_box(words).unwrap_or_default();
         Self {
-            cells,
+            cells: zeros(words),
+            reads: Reads::Any(zeros(words)),
+            split: FxHashMap::default(),
+        }
+    }
+
+    /// For so many bytes that one block accesses.
+    pub fn of_block(bytes: usize) -> Self {
+        let words = bytes.div_ceil(4);
+        Self {
+            cells: zeros(words),
+            reads: Reads::Block {
+                warps: zeros(words),
+                own: Box::new([const { None }; LANES]),
+            },
             split: FxHashMap::default(),
         }
     }
 
     /// The last write to the bytes of a word, if it conflicts.
+    #[inline(always)]
     fn check_write(
         &self,
         race: &Race,
@@ -278,12 +120,13 @@ impl Shadow {
                 .iter()
                 .enumerate()
                 .filter(|(b, part)| bytes >> b & 1 != 0 && part.0 != 0)
-                .find_map(|(_, part)| agent.against(race, Epoch(part.0), part.1, true));
+                .find_map(|(_, part)| agent.against(race, Epoch(part.0), Touch(part.1), true));
         }
-        if cell.write_op as u8 & 15 & bytes == 0 {
+        let touch = Touch(cell.write_touch);
+        if touch.bytes() & bytes == 0 {
             return None;
         }
-        agent.against(race, Epoch(cell.write), cell.write_op >> 4, true)
+        agent.against(race, Epoch(cell.write), touch, true)
     }
 
     /// A read of some bytes of a word.
@@ -297,39 +140,61 @@ impl Shadow {
     ) -> Option<Conflict> {
         let cell = *self.cells.get(word as usize)?;
         let conflict = self.check_write(race, agent, word, &cell, bytes);
-        let op = agent.op << 4 | u32::from(bytes);
-        let own = Epoch::new(agent.block, agent.warp, 0, agent.clock.time).0;
+        let touch = agent.touch(bytes);
+        let time = agent.clock.time;
         let lane = 1 << agent.lane;
-        if cell.read == own && cell.read_op as u8 & 15 == bytes {
-            self.cells[word as usize].read_lanes |= lane;
-            return conflict;
-        }
-        // What comes before this read in every order needs no memory of its own.
-        let kept = cell.read != 0
-            && !(cell.read_op as u8 & 15 & !bytes == 0
-                && agent.knows_lanes(race, Epoch(cell.read), cell.read_lanes));
-        let before = match (kept, cell.reads_before) {
-            (false, 0) => 0,
-            (false, set) => agent.without_known(race, set, bytes),
-            (true, set) => {
-                let last = Epoch(cell.read);
-                let before = agent.without_known(race, set, bytes);
-                race.readers.push(Reader {
-                    before,
-                    block: last.block(),
-                    warp: last.warp(),
-                    time: last.time(),
-                    lanes: cell.read_lanes,
-                    op: cell.read_op >> 4,
-                    bytes: cell.read_op as u8 & 15,
-                })
+        // The read to be replaced by this one: by whom, by which lanes, doing what.
+        let (by, mask, before) = match &mut self.reads {
+            Reads::Any(last) => {
+                let last = &mut last[word as usize];
+                let own = Epoch::new(agent.block, agent.warp, 0, time).0;
+                if last.epoch == own && same_read(race, &mut last.lanes, last.touch, touch, lane) {
+                    return conflict;
+                }
+                let old = std::mem::replace(
+                    last,
+                    Last {
+                        epoch: own,
+                        touch: touch.0,
+                        lanes: lane,
+                    },
+                );
+                (Epoch(old.epoch), old.lanes, Touch(old.touch))
+            }
+            Reads::Block { warps, own } => {
+                let warp = agent.warp as usize;
+                let words = warps.len();
+                let own = &mut own[warp].get_or_insert_with(|| zeros(words))[word as usize];
+                let new = Own {
+                    time,
+                    touch: touch.0,
+                    lanes: lane,
+                };
+                if warps[word as usize] >> warp & 1 == 0 {
+                    warps[word as usize] |= 1 << warp;
+                    *own = new;
+                    return conflict;
+                }
+                if own.time == time && same_read(race, &mut own.lanes, own.touch, touch, lane) {
+                    return conflict;
+                }
+                let old = std::mem::replace(own, new);
+                let by = Epoch::new(agent.block, agent.warp, 0, old.time);
+                (by, old.lanes, Touch(old.touch))
             }
         };
-        let cell = &mut self.cells[word as usize];
-        cell.read = own;
-        cell.read_op = op;
-        cell.read_lanes = lane;
-        cell.reads_before = before;
+        // What comes before this read in every order needs no memory of its own.
+        let covered =
+            by.0 == 0 || (before.bytes() & !bytes == 0 && agent.knows_lanes(race, by, mask));
+        let mut set = cell.reads;
+        if set != 0 {
+            set = agent.without_known(race, set, word, bytes);
+        }
+        if !covered {
+            let who = (by.block(), by.warp(), by.time());
+            set = race.readers.push(Reader::new(set, who, mask, word, before));
+        }
+        self.cells[word as usize].reads = set;
         conflict
     }
 
@@ -338,28 +203,54 @@ impl Shadow {
     pub fn write(&mut self, race: &Race, agent: &Agent, word: u32, bytes: u8) -> Option<Conflict> {
         let cell = *self.cells.get(word as usize)?;
         let mut conflict = self.check_write(race, agent, word, &cell, bytes);
-        if cell.read != 0 && conflict.is_none() {
-            if cell.read_op as u8 & bytes & 15 != 0 {
-                let op = cell.read_op >> 4;
-                conflict = against_lanes(race, agent, Epoch(cell.read), cell.read_lanes, op);
-            }
-            if conflict.is_none() && cell.reads_before != 0 {
-                conflict = check_reads(race, agent, cell.reads_before, bytes);
-            }
+        if conflict.is_none() {
+            conflict = self.check_reads(race, agent, word, bytes);
         }
-        self.put(word, agent.epoch().0, agent.op, bytes, cell);
+        if conflict.is_none() && cell.reads != 0 {
+            conflict = check_set(race, agent, cell.reads, word, bytes);
+        }
+        self.put(word, agent.epoch().0, agent.touch(bytes), cell);
         if bytes == 15 {
-            let cell = &mut self.cells[word as usize];
-            (cell.read, cell.read_op, cell.read_lanes, cell.reads_before) = (0, 0, 0, 0);
+            self.cells[word as usize].reads = 0;
+            match &mut self.reads {
+                Reads::Any(last) => last[word as usize] = Last::default(),
+                Reads::Block { warps, .. } => warps[word as usize] = 0,
+            }
         }
         conflict
     }
 
-    fn put(&mut self, word: u32, epoch: u64, op: u32, bytes: u8, cell: Cell) {
+    /// The last reads of a word, if one conflicts with a write.
+    #[inline(always)]
+    fn check_reads(&self, race: &Race, agent: &Agent, word: u32, bytes: u8) -> Option<Conflict> {
+        match &self.reads {
+            Reads::Any(last) => {
+                let last = last[word as usize];
+                let touch = Touch(last.touch);
+                if last.epoch == 0 || touch.bytes() & bytes == 0 {
+                    return None;
+                }
+                agent.against_reads(race, Epoch(last.epoch), last.lanes, touch)
+            }
+            Reads::Block { warps, own } => lanes(warps[word as usize]).find_map(|warp| {
+                let own = own[warp].as_ref()?[word as usize];
+                let touch = Touch(own.touch);
+                if touch.bytes() & bytes == 0 {
+                    return None;
+                }
+                let epoch = Epoch::new(agent.block, warp as u32, 0, own.time);
+                agent.against_reads(race, epoch, own.lanes, touch)
+            }),
+        }
+    }
+
+    #[inline(always)]
+    fn put(&mut self, word: u32, epoch: u64, touch: Touch, cell: Cell) {
+        let bytes = touch.bytes();
         let before = if cell.write == SPLIT {
             None
         } else {
-            Some(cell.write_op as u8 & 15)
+            Some(Touch(cell.write_touch).bytes())
         };
         let new = &mut self.cells[word as usize];
         let covered = before.is_some_and(|b| cell.write == 0 || b & !bytes == 0);
@@ -368,11 +259,11 @@ impl Shadow {
                 self.split.remove(&word);
             }
             new.write = epoch;
-            new.write_op = op << 4 | u32::from(bytes);
+            new.write_touch = touch.0;
             return;
         }
-        if cell.write == epoch && cell.write_op >> 4 == op {
-            new.write_op |= u32::from(bytes);
+        if cell.write == epoch && Touch(cell.write_touch).same_operation(touch) {
+            new.write_touch |= u32::from(bytes);
             return;
         }
         new.write = SPLIT;
@@ -380,7 +271,7 @@ impl Shadow {
             std::array::from_fn(|b| {
                 let has = before.is_some_and(|m| m >> b & 1 != 0);
                 if has {
-                    (cell.write, cell.write_op >> 4)
+                    (cell.write, cell.write_touch)
                 } else {
                     (0, 0)
                 }
@@ -388,7 +279,7 @@ impl Shadow {
         });
         for (b, part) in parts.iter_mut().enumerate() {
             if bytes >> b & 1 != 0 {
-                *part = (epoch, op);
+                *part = (epoch, touch.0);
             }
         }
     }
@@ -398,6 +289,10 @@ impl Shadow {
         let last = to.div_ceil(4).min(self.cells.len());
         let first = (from / 4).min(last);
         self.cells[first..last].fill(Cell::zeroed());
+        match &mut self.reads {
+            Reads::Any(reads) => reads[first..last].fill(Last::default()),
+            Reads::Block { warps, .. } => warps[first..last].fill(0),
+        }
         if !self.split.is_empty() {
             let range = first as u32..last as u32;
             self.split.retain(|word, _| !range.contains(word));
@@ -442,24 +337,34 @@ impl Shadow {
     }
 }
 
-fn check_reads(race: &Race, agent: &Agent, set: u32, bytes: u8) -> Option<Conflict> {
+/// A warp reads a word that it has read at the same time: whether nothing more has to be
+/// remembered. Either it is the same operation, or the lane has read these bytes, and whatever
+/// conflicts with this read conflicts with that one.
+#[inline(always)]
+fn same_read(race: &Race, mask: &mut u32, old: u32, new: Touch, lane: u32) -> bool {
+    if old == new.0 {
+        *mask |= lane;
+        return true;
+    }
+    let old = Touch(old);
+    *mask & lane != 0
+        && new.bytes() & !old.bytes() == 0
+        && (!old.special() && !new.special() || race.same_kind(old.op(), new.op()))
+}
+
+/// The reads of a set, if one conflicts with a write.
+fn check_set(race: &Race, agent: &Agent, set: u32, word: u32, bytes: u8) -> Option<Conflict> {
     let mut at = set;
-    while let Some((reader, _)) = race.readers.get(at) {
+    while let Some(reader) = race.readers.get(at) {
         at = reader.before;
-        if reader.bytes & bytes == 0 {
+        if reader.touch.bytes() & bytes == 0 {
             continue;
         }
         let epoch = Epoch::new(reader.block, reader.warp, 0, reader.time);
-        let found = against_lanes(race, agent, epoch, reader.lanes, reader.op);
+        let found = agent.against_reads(race, epoch, reader.lanes(word), reader.touch);
         if found.is_some() {
             return found;
         }
     }
     None
-}
-
-/// The first of some lanes' reads that a write conflicts with.
-#[inline(always)]
-fn against_lanes(race: &Race, agent: &Agent, epoch: Epoch, mask: u32, op: u32) -> Option<Conflict> {
-    lanes(mask).find_map(|lane| agent.against(race, epoch.with_lane(lane), op, false))
 }

@@ -1,0 +1,117 @@
+//! Sets of reads that many words share, each known by a number: a set is one read and the set
+//! before it. A warp reads a row, and thirty-two words have the same story; so that they also
+//! have the same number, a read's lanes are kept rotated by the number of the word (a row that
+//! lane `n` reads at word `n` is lane 0 everywhere).
+
+use rustc_hash::FxHashMap;
+
+use super::Touch;
+
+/// Reads kept of one word; further readers are forgotten.
+const MOST_READERS: u32 = 1 << 12;
+/// How far back in a word's reads to look for one of the same warp.
+const LOOK_BACK: u32 = 64;
+/// Sets of reads kept before the old ones are forgotten.
+const MOST_SETS: usize = 1 << 20;
+
+/// One read, or the same by several lanes of a warp, and the reads before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Reader {
+    pub(super) before: u32,
+    pub(super) block: u64,
+    pub(super) warp: u32,
+    pub(super) time: u32,
+    rotated: u32,
+    pub(super) touch: Touch,
+}
+
+impl Reader {
+    pub(super) fn new(
+        before: u32,
+        (block, warp, time): (u64, u32, u32),
+        lanes: u32,
+        word: u32,
+        touch: Touch,
+    ) -> Self {
+        Self {
+            before,
+            block,
+            warp,
+            time,
+            rotated: lanes.rotate_right(word),
+            touch,
+        }
+    }
+
+    /// The lanes that read this word.
+    pub(super) fn lanes(&self, word: u32) -> u32 {
+        self.rotated.rotate_left(word)
+    }
+}
+
+/// All sets of reads.
+#[derive(Debug, Default)]
+pub(super) struct Readers {
+    /// Set `n` is number `n - first` here; 0 is the empty set.
+    first: u32,
+    list: Vec<(Reader, u32)>,
+    numbers: FxHashMap<Reader, u32>,
+    /// The last question and its answer: the next word of the row asks the same.
+    last: Option<(Reader, u32)>,
+}
+
+impl Readers {
+    pub(super) fn get(&self, set: u32) -> Option<&Reader> {
+        let at = set.checked_sub(self.first + 1)?;
+        self.list.get(at as usize).map(|s| &s.0)
+    }
+
+    fn len(&self, set: u32) -> u32 {
+        let at = set.checked_sub(self.first + 1);
+        at.and_then(|at| self.list.get(at as usize))
+            .map_or(0, |s| s.1)
+    }
+
+    /// The set with one more read, unless it is full or has it already.
+    pub(super) fn push(&mut self, reader: Reader) -> u32 {
+        if let Some((question, answer)) = self.last
+            && question == reader
+        {
+            return answer;
+        }
+        let answer = self.find_or_add(reader);
+        self.last = Some((reader, answer));
+        answer
+    }
+
+    fn find_or_add(&mut self, reader: Reader) -> u32 {
+        let mut at = reader.before;
+        for _ in 0..LOOK_BACK {
+            let Some(other) = self.get(at) else {
+                break;
+            };
+            let same = (other.block, other.warp, other.time, other.touch)
+                == (reader.block, reader.warp, reader.time, reader.touch);
+            if same && reader.rotated & !other.rotated == 0 {
+                return reader.before;
+            }
+            at = other.before;
+        }
+        if self.len(reader.before) >= MOST_READERS {
+            return reader.before;
+        }
+        if let Some(&number) = self.numbers.get(&reader) {
+            return number;
+        }
+        if self.list.len() >= MOST_SETS {
+            self.first += self.list.len() as u32;
+            self.list.clear();
+            self.numbers.clear();
+        }
+        let len = self.len(reader.before) + 1;
+        self.list.push((reader, len));
+        let number = self.first + self.list.len() as u32;
+        self.numbers.insert(reader, number);
+        number
+    }
+}
