@@ -21,11 +21,12 @@ const RUNS: usize = 5;
 /// Runs a kernel on fresh data and checks what it made; the seconds of the launch alone.
 type Case = fn(&mut Gpu) -> f64;
 
-const CASES: [(&str, Case); 6] = [
+const CASES: [(&str, Case); 7] = [
     ("arithmetic", arithmetic),
     ("saxpy", saxpy),
     ("matmul", matmul),
     ("reduce", reduce),
+    ("gemv", gemv),
     ("histogram", histogram),
     ("ring", ring),
 ];
@@ -92,6 +93,21 @@ fn reduce(gpu: &mut Gpu) -> f64 {
     let seconds = launch(gpu, "reduce", [32, 1, 1], 256, &args);
     let found: f64 = gpu.get::<f32>(out, 32).iter().map(|&x| f64::from(x)).sum();
     assert_eq!(found, x.iter().map(|&x| f64::from(x)).sum());
+    seconds
+}
+
+fn gemv(gpu: &mut Gpu) -> f64 {
+    let (rows, n) = (256, 512);
+    let (w, x) = (floats(rows * n), floats(n));
+    let (w_at, x_at, y) = (gpu.put(&w), gpu.put(&x), gpu.room(4 * rows as u64));
+    let args = [y, w_at, x_at, Arg::Int(n as i32)];
+    let seconds = launch(gpu, "gemv", [rows as u32 / 8, 1, 1], 256, &args);
+    let found: Vec<f32> = gpu.get(y, rows);
+    for (row, found) in found.into_iter().enumerate() {
+        // Whole numbers below 2^24: exact in any order.
+        let sum: f32 = w[row * n..][..n].iter().zip(&x).map(|(w, x)| w * x).sum();
+        assert_eq!(found, sum);
+    }
     seconds
 }
 

@@ -16,7 +16,7 @@ pub use engine::{Command, Config, EventId, Machine, Progress, StreamId, Work};
 pub use warp::{Frame, Group, Wait, Warp, WarpState};
 
 use crate::finding::{Finding, Findings, Kind, Thread};
-use crate::memory::{LaneMemory, Memory, SharedMemory};
+use crate::memory::{Data, LaneMemory, Memory, SharedMemory};
 use crate::program::{BarrierResult, Kernel, Op};
 use crate::race::{BlockClock, LaunchClock};
 use crate::registers::{LANES, Lanes, Lanes64, Registers};
@@ -103,6 +103,8 @@ pub struct Exchange {
     pub predicate: u32,
     /// The register planes of undefined bytes, where they matter.
     pub undef_bytes: [u32; 8],
+    /// What a memory operation moves: to have it at hand costs less than to clear it each time.
+    pub data: Option<Box<Data>>,
 }
 
 /// What an operation sees: the lanes it works on, their registers, and the world around them.
@@ -169,6 +171,7 @@ impl Exchange {
             undef: 0,
             predicate: 0,
             undef_bytes: [0; 8],
+            data: None,
         }
     }
 }

@@ -114,6 +114,15 @@ impl Default for Data {
     }
 }
 
+impl Data {
+    /// Makes the first words ready to be filled: zero, and nothing undefined.
+    pub fn clear(&mut self, bytes: u32) {
+        let words = bytes.div_ceil(4) as usize;
+        self.words[..words].fill([0; LANES]);
+        self.undef[..words].fill([0; 4]);
+    }
+}
+
 /// Loads for the lanes of the access; the other lanes of `data` are left as they are.
 pub fn load(cx: &mut Cx, access: &Access, data: &mut Data) -> Result<(), Fault> {
     space::load(cx, access, data)

@@ -13,6 +13,11 @@ enum Bytes {
 // devices; all accesses through it go through the one owner of the region.
 unsafe impl Send for Bytes {}
 
+/// A mask of the low bits, at most 32 of them.
+fn ones(n: usize) -> u32 {
+    ((1u64 << n) - 1) as u32
+}
+
 /// See the module.
 pub struct Region {
     bytes: Bytes,
@@ -39,7 +44,7 @@ impl Default for Region {
             written: Box::default(),
             unwritten: 0,
             shadow: None,
-            flags: Flags::new(),
+            flags: Flags::default(),
         }
     }
 }
@@ -54,7 +59,7 @@ impl Region {
             written,
             unwritten: bytes,
             shadow: races.then(|| Shadow::new(bytes)),
-            flags: Flags::new(),
+            flags: Flags::default(),
         })
     }
 
@@ -77,7 +82,7 @@ impl Region {
             written: Box::default(),
             unwritten: 0,
             shadow: races.then(|| Shadow::new(bytes)),
-            flags: Flags::new(),
+            flags: Flags::default(),
         }
     }
 
@@ -126,10 +131,12 @@ impl Region {
         if self.unwritten == 0 {
             return 0;
         }
-        (0..bytes).fold(0, |mask, i| {
-            let byte = at + i;
-            mask | u32::from(self.written[byte / 64] >> (byte % 64) & 1 == 0) << i
-        })
+        let (word, bit) = (at / 64, at % 64);
+        let mut written = self.written[word] >> bit;
+        if bit + bytes > 64 {
+            written |= self.written[word + 1] << (64 - bit);
+        }
+        !(written as u32) & ones(bytes)
     }
 
     /// Of up to 32 bytes from `at`, those whose bit in `undef` is 0 are written now, the others
@@ -139,18 +146,26 @@ impl Region {
         if self.written.is_empty() || (self.unwritten == 0 && undef == 0) {
             return;
         }
-        for i in 0..bytes {
-            let byte = at + i;
-            let word = &mut self.written[byte / 64];
-            let bit = 1 << (byte % 64);
-            let was = *word & bit != 0;
-            if undef >> i & 1 == 0 {
-                *word |= bit;
-                self.unwritten -= usize::from(!was);
+        let (word, bit) = (at / 64, at % 64);
+        let undef = undef & ones(bytes);
+        let halves = [
+            (word, u64::from(ones(bytes)) << bit, u64::from(undef) << bit),
+            if bit + bytes > 64 {
+                let gone = 64 - bit;
+                (
+                    word + 1,
+                    u64::from(ones(bytes)) >> gone,
+                    u64::from(undef) >> gone,
+                )
             } else {
-                *word &= !bit;
-                self.unwritten += usize::from(was);
-            }
+                (word, 0, 0)
+            },
+        ];
+        for (word, mask, undef) in halves {
+            let old = self.written[word];
+            let new = (old | mask) & !undef;
+            self.written[word] = new;
+            self.unwritten = self.unwritten + old.count_ones() as usize - new.count_ones() as usize;
         }
     }
 

@@ -726,6 +726,30 @@ fn put(data: &mut Data, lane: usize, bytes: &[u8], undef: u32) {
     }
 }
 
+/// 1, 2, 4 or 8 bytes as an integer. (A copy of a length known at run time only is a call.)
+#[inline(always)]
+fn read_word(bytes: &[u8]) -> u64 {
+    match *bytes {
+        [a] => a.into(),
+        [a, b] => u16::from_le_bytes([a, b]).into(),
+        [a, b, c, d] => u32::from_le_bytes([a, b, c, d]).into(),
+        [a, b, c, d, e, f, g, h] => u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+        _ => 0,
+    }
+}
+
+/// The other way round.
+#[inline(always)]
+fn write_word(bytes: &mut [u8], value: u64) {
+    match bytes {
+        [a] => *a = value as u8,
+        [_, _] => bytes.copy_from_slice(&(value as u16).to_le_bytes()),
+        [_, _, _, _] => bytes.copy_from_slice(&(value as u32).to_le_bytes()),
+        [_, _, _, _, _, _, _, _] => bytes.copy_from_slice(&value.to_le_bytes()),
+        _ => {}
+    }
+}
+
 fn take(data: &Data, lane: usize, n: usize) -> ([u8; 32], u32) {
     let mut bytes = [0; 32];
     let mut undef = 0;
@@ -790,10 +814,14 @@ fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
             }
         }
     } else {
+        let bytes = region.bytes();
         for lane in lanes(access.mask) {
             let at = (access.addresses[lane] - base) as usize;
+            data.words[0][lane] = read_word(&bytes[at..at + n]) as u32;
             let undef = region.unwritten(at, n);
-            put(data, lane, &region.bytes()[at..at + n], undef);
+            for (i, plane) in data.undef[0].iter_mut().enumerate() {
+                *plane |= (undef >> i & 1) << lane;
+            }
         }
     }
     if let Some((lane, conflict)) = found {
@@ -857,9 +885,9 @@ fn store_together(cx: &mut Cx, access: &Access, data: &Data) -> bool {
                 chunk.copy_from_slice(&new);
             }
         } else {
-            let new = data.words[0][lane].to_le_bytes();
-            changes += u64::from(*target != new[..n]);
-            target.copy_from_slice(&new[..n]);
+            let new = u64::from(data.words[0][lane]) & (u64::MAX >> (64 - 8 * n));
+            changes += u64::from(read_word(target) != new);
+            write_word(target, new);
         }
         region.mark(at, n, 0);
     }
@@ -1108,9 +1136,8 @@ pub(super) fn atomic(
                     None => return (0, 0),
                 },
             };
-            let mut bytes = [0; 8];
-            bytes[..n].copy_from_slice(&region.bytes()[offset..offset + n]);
-            (u64::from_le_bytes(bytes), region.unwritten(offset, n))
+            let value = read_word(&region.bytes()[offset..offset + n]);
+            (value, region.unwritten(offset, n))
         };
         let (value, undef) = region(cx);
         let new = update(lane, value);
@@ -1125,7 +1152,8 @@ pub(super) fn atomic(
             let message = "an atomic operation on memory that nobody wrote".to_owned();
             cx.report(Kind::Uninitialised, lane, Some(at), message);
         }
-        put(old, lane, &value.to_le_bytes()[..n], 0);
+        old.words[0][lane] = value as u32;
+        old.words[1][lane] = (value >> 32) as u32;
         let Some(new) = new else { continue };
         let region = match base {
             None => &mut cx.block.shared.region,
@@ -1134,10 +1162,10 @@ pub(super) fn atomic(
                 None => continue,
             },
         };
-        let bytes = new.to_le_bytes();
-        region.bytes_mut()[offset..offset + n].copy_from_slice(&bytes[..n]);
+        let new = new & (u64::MAX >> (64 - 8 * n));
+        write_word(&mut region.bytes_mut()[offset..offset + n], new);
         region.mark(offset, n, 0);
-        cx.world.memory.changes += u64::from(bytes[..n] != value.to_le_bytes()[..n]);
+        cx.world.memory.changes += u64::from(new != value);
     }
     Ok(())
 }

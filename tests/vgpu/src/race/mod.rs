@@ -17,7 +17,7 @@ mod agent;
 mod readers;
 mod shadow;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use agent::{Agent, Conflict};
@@ -659,7 +659,7 @@ pub struct Released {
 }
 
 /// Flags: what releases left at the words they wrote, by offset.
-pub type Flags = HashMap<u32, Released>;
+pub type Flags = FxHashMap<u32, Released>;
 
 /// A strong access to a flag.
 #[derive(Debug, Clone, Copy)]
@@ -692,10 +692,11 @@ pub fn flag(flags: &mut Flags, agent: &mut Agent, access: FlagAccess) {
         raced,
     } = access;
     let lane = agent.lane;
-    let found = flags
-        .get(&offset)
-        .filter(|f| reads && f.bytes == bytes)
-        .cloned();
+    let nothing = flags.is_empty();
+    let found = match flags.get(&offset) {
+        Some(flag) if reads && flag.bytes == bytes => Some(flag.clone()),
+        _ => None,
+    };
     if let Some(found) = &found {
         let reach = scope.min(found.scope);
         let clock = &mut agent.clock;
@@ -742,6 +743,7 @@ pub fn flag(flags: &mut Flags, agent: &mut Agent, access: FlagAccess) {
     };
     match left {
         Some(left) => flags.insert(offset, left),
+        None if nothing => None,
         None => flags.remove(&offset),
     };
 }

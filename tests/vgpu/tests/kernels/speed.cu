@@ -39,6 +39,15 @@ KERNEL reduce(float *out, const float *x, int n) {
   }
 }
 
+// A matrix by a vector, a warp to a row: everybody reads the vector.
+KERNEL gemv(float *y, const float *w, const float *x, int n) {
+  int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+  float sum = 0;
+  for (int k = lane; k < n; k += 32) sum += w[row * n + k] * x[k];
+  for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  if (lane == 0) y[row] = sum;
+}
+
 // Shared atomics for the block's counts, global ones to add them up.
 KERNEL histogram(int *bins, const unsigned char *x, int n) {
   __shared__ int own[256];

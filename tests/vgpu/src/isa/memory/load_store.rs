@@ -134,7 +134,8 @@ fn load(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, 
             scope,
             non_coherent,
         };
-        let mut data = Data::default();
+        let mut data = cx.exchange.data.take().unwrap_or_default();
+        data.clear(bytes);
         if let Err(fault) = memory::load(cx, &access, &mut data) {
             return Step::Fault(fault);
         }
@@ -143,6 +144,7 @@ fn load(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, 
             scatter(cx, &data, at, element as usize, signed, *part);
             at += element as usize;
         }
+        cx.exchange.data = Some(data);
         Step::Next
     }))
 }
@@ -271,7 +273,8 @@ fn store(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action,
         if undef & cx.mask != 0 {
             report_address(cx, undef & cx.mask);
         }
-        let mut data = Data::default();
+        let mut data = cx.exchange.data.take().unwrap_or_default();
+        data.clear(bytes);
         let mut at = 0;
         for part in &parts {
             gather(cx, &mut data, at, element as usize, *part);
@@ -287,7 +290,9 @@ fn store(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action,
             scope,
             non_coherent: false,
         };
-        match memory::store(cx, &access, &data) {
+        let stored = memory::store(cx, &access, &data);
+        cx.exchange.data = Some(data);
+        match stored {
             Ok(()) => Step::Next,
             Err(fault) => Step::Fault(fault),
         }
