@@ -54,6 +54,7 @@ impl Driver {
         for module in modules {
             self.unload(module);
         }
+        self.libraries.forget_context(handle);
         self.streams.retain(|_, s| s.context != handle);
         self.events.retain(|_, e| e.context != handle);
         let allocations: Vec<u64> = self
@@ -92,16 +93,65 @@ fn known(driver: &Driver, handle: Handle) -> Outcome {
     driver.context(handle).map(|_| ())
 }
 
+fn create(driver: &mut Driver, context: Out<Handle>, flags: u32, device: i32) -> Outcome {
+    let device = u32::try_from(device).map_err(|_| Status::INVALID_DEVICE)?;
+    if device as usize >= driver.machine.devices.len() {
+        return Err(Status::INVALID_DEVICE);
+    }
+    if context.address() == 0 {
+        return Err(Status::INVALID_VALUE);
+    }
+    let handle = driver.create_context(device, flags, false);
+    push(handle);
+    context.set(handle)
+}
+
 api! {
     fn cuCtxCreate_v2(context: Out<Handle>, flags: u32, device: i32) |driver| {
-        let device = u32::try_from(device).map_err(|_| Status::INVALID_DEVICE)?;
-        if device as usize >= driver.machine.devices.len() {
-            return Err(Status::INVALID_DEVICE);
+        create(&mut driver, context, flags, device)
+    }
+
+    fn cuCtxCreate_v3(context: Out<Handle>, _affinity: u64, n: i32, flags: u32, device: i32) |driver| {
+        // A part of the multiprocessors only.
+        if n != 0 {
+            return Err(Status::NOT_SUPPORTED);
         }
-        let handle = driver.create_context(device, flags, false);
-        context.set(handle)?;
-        push(handle);
+        create(&mut driver, context, flags, device)
+    }
+
+    fn cuCtxCreate_v4(context: Out<Handle>, params: u64, flags: u32, device: i32) |driver| {
+        if params != 0 {
+            return Err(Status::NOT_SUPPORTED);
+        }
+        create(&mut driver, context, flags, device)
+    }
+
+    fn cuCtxGetId(context: Handle, id: Out<u64>) |driver| {
+        let context = if context == 0 { driver.current()? } else { context };
+        known(&driver, context)?;
+        // Handles are never used again.
+        id.set(context)
+    }
+
+    fn cuCtxSetFlags(flags: u32) |driver| {
+        let current = driver.current()?;
+        if let Some(context) = driver.contexts.get_mut(&current) {
+            context.flags = flags;
+        }
         Ok(())
+    }
+
+    fn cuCtxResetPersistingL2Cache() |driver| {
+        driver.current().map(|_| ())
+    }
+
+    // There is no profiler to tell.
+    fn cuProfilerStart() |driver| {
+        driver.current().map(|_| ())
+    }
+
+    fn cuProfilerStop() |driver| {
+        driver.current().map(|_| ())
     }
 
     fn cuCtxDestroy_v2(context: Handle) |driver| {
@@ -194,6 +244,8 @@ api! {
 
     fn cuCtxSynchronize() |driver| {
         let current = driver.healthy()?;
+        driver.refuse_captured_context(current)?;
+        driver.potentially_unsafe()?;
         let context = driver.context(current)?;
         let (device, own) = (context.device, [context.default, context.per_thread]);
         let streams = driver.streams.values().filter(|s| s.context == current).map(|s| s.id);

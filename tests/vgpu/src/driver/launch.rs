@@ -1,18 +1,71 @@
 //! Launches and occupancy.
 
+use std::sync::Arc;
+
+use super::operation::Operation;
 use super::status::{In, Out, Outcome, Status};
 use super::{Driver, Guard, Handle, api, explain};
-use crate::machine::{Command, Launch, SHARED_PER_BLOCK, THREADS_PER_BLOCK};
+use crate::finding::Fault;
+use crate::machine::{Command, Launch, SHARED_PER_BLOCK, THREADS_PER_BLOCK, World};
+use crate::program::Kernel;
 use crate::race::LaunchClock;
 
 /// How a kernel is launched.
 #[derive(Debug, Clone, Copy)]
-struct Shape {
-    grid: [u32; 3],
-    block: [u32; 3],
-    shared: u32,
-    stream: Handle,
-    cooperative: bool,
+pub(super) struct Shape {
+    pub(super) grid: [u32; 3],
+    pub(super) block: [u32; 3],
+    pub(super) shared: u32,
+    pub(super) cooperative: bool,
+}
+
+/// A launch with its parameters as they were when it was asked for.
+#[derive(Clone)]
+pub(super) struct KernelLaunch {
+    pub(super) function: Handle,
+    pub(super) shape: Shape,
+    kernel: Arc<Kernel>,
+    device: u32,
+    params: Arc<[u8]>,
+    /// The address of each parameter in `params`, for whoever asks a node for them.
+    pub(super) pointers: Arc<[u64]>,
+}
+
+impl KernelLaunch {
+    /// The launch, with the workspace of the grid-wide barrier around it if it is cooperative.
+    pub(super) fn commands(&self, driver: &mut Driver) -> Result<Vec<Command>, Status> {
+        let mut workspace = 0;
+        if self.shape.cooperative {
+            // The barrier's counter, zero at the start.
+            let memory = &mut driver.machine.world.memory;
+            workspace = memory
+                .allocate(self.device, 64)
+                .map_err(|_| Status::OUT_OF_MEMORY)?;
+            let zeroed = memory.write(workspace, &[0; 64]);
+            zeroed.map_err(|_| Status::UNKNOWN)?;
+        }
+        let launch = Launch {
+            id: 0,
+            device: self.device,
+            kernel: self.kernel.clone(),
+            grid: self.shape.grid,
+            block: self.shape.block,
+            dynamic_shared: self.shape.shared,
+            params: self.params.to_vec(),
+            cooperative: self.shape.cooperative,
+            workspace,
+            multiprocessors: 0,
+            clock: LaunchClock::default(),
+        };
+        let mut commands = vec![Command::Kernel(Box::new(launch))];
+        if workspace != 0 {
+            commands.push(Command::Work(Box::new(move |world: &mut World| {
+                let freed = world.memory.free(workspace);
+                freed.map(|_| ()).map_err(|_| Fault::IllegalAddress)
+            })));
+        }
+        Ok(commands)
+    }
 }
 
 /// `CUlaunchConfig`
@@ -115,7 +168,7 @@ impl Driver {
         Ok(bytes)
     }
 
-    fn check_shape(&self, function: Handle, shape: &Shape) -> Outcome {
+    fn check_shape(&self, function: Handle, device: u32, shape: &Shape) -> Outcome {
         let known = self
             .functions
             .get(&function)
@@ -170,7 +223,6 @@ impl Driver {
             let words = "a block needs more than a multiprocessor has".to_owned();
             return refuse(Status::LAUNCH_OUT_OF_RESOURCES, words);
         }
-        let device = self.device()?;
         let sms = self.machine.devices[device as usize]
             .properties
             .multiprocessors;
@@ -186,57 +238,58 @@ impl Driver {
     }
 }
 
+impl Driver {
+    /// Everything about a launch in a context but when: checked, and its parameters read.
+    pub(super) fn prepare(
+        &mut self,
+        function: Handle,
+        context: Handle,
+        shape: Shape,
+        params: In<u64>,
+        extra: In<u64>,
+    ) -> Result<KernelLaunch, Status> {
+        let device = self.context(context)?.device;
+        let function = self.resolve(function, context)?;
+        self.check_shape(function, device, &shape)?;
+        let params = self.gather(function, params, extra)?;
+        let known = self
+            .functions
+            .get(&function)
+            .ok_or(Status::INVALID_HANDLE)?;
+        let module = self
+            .modules
+            .get(&known.module)
+            .ok_or(Status::INVALID_HANDLE)?;
+        if self.context(module.context)?.device != device {
+            return Err(Status::INVALID_HANDLE);
+        }
+        let kernel = known.kernel.clone();
+        let params: Arc<[u8]> = params.into();
+        let base = params.as_ptr() as u64;
+        let pointers = kernel.params.iter().map(|p| base + u64::from(p.offset));
+        Ok(KernelLaunch {
+            function,
+            shape,
+            pointers: pointers.collect(),
+            kernel,
+            device,
+            params,
+        })
+    }
+}
+
 fn launch(
     mut driver: Guard,
     function: Handle,
+    stream: Handle,
     shape: Shape,
     params: In<u64>,
     extra: In<u64>,
 ) -> Outcome {
     driver.healthy()?;
-    driver.check_shape(function, &shape)?;
-    let (_, context, _) = driver.stream(shape.stream)?;
-    let device = driver.context(context)?.device;
-    let params = driver.gather(function, params, extra)?;
-    let known = driver
-        .functions
-        .get(&function)
-        .ok_or(Status::INVALID_HANDLE)?;
-    let module = driver
-        .modules
-        .get(&known.module)
-        .ok_or(Status::INVALID_HANDLE)?;
-    if driver.context(module.context)?.device != device {
-        return Err(Status::INVALID_HANDLE);
-    }
-    let kernel = known.kernel.clone();
-    let workspace = if shape.cooperative {
-        // The grid-wide barrier's counter, zero at the start.
-        let memory = &mut driver.machine.world.memory;
-        let at = memory
-            .allocate(device, 64)
-            .map_err(|_| Status::OUT_OF_MEMORY)?;
-        memory.write(at, &[0; 64]).map_err(|_| Status::UNKNOWN)?;
-        at
-    } else {
-        0
-    };
-    let launch = Launch {
-        id: 0,
-        device,
-        kernel,
-        grid: shape.grid,
-        block: shape.block,
-        dynamic_shared: shape.shared,
-        params,
-        cooperative: shape.cooperative,
-        workspace,
-        multiprocessors: 0,
-        clock: LaunchClock::default(),
-    };
-    driver
-        .enqueue(shape.stream, Command::Kernel(Box::new(launch)))
-        .map(|_| ())
+    let (_, context, _) = driver.stream(stream)?;
+    let launch = driver.prepare(function, context, shape, params, extra)?;
+    driver.submit(stream, Operation::Kernel(launch))
 }
 
 api! {
@@ -253,10 +306,9 @@ api! {
             grid: [gx, gy, gz],
             block: [bx, by, bz],
             shared,
-            stream,
             cooperative: false,
         };
-        launch(driver, function, shape, params, extra)
+        launch(driver, function, stream, shape, params, extra)
     }
 
     fn cuLaunchCooperativeKernel(
@@ -271,10 +323,9 @@ api! {
             grid: [gx, gy, gz],
             block: [bx, by, bz],
             shared,
-            stream,
             cooperative: true,
         };
-        launch(driver, function, shape, params, In::from_address(0))
+        launch(driver, function, stream, shape, params, In::from_address(0))
     }
 
     fn cuLaunchKernelEx(config: In<LaunchConfig>, function: Handle, params: In<u64>, extra: In<u64>) |driver| {
@@ -298,15 +349,15 @@ api! {
             grid: config.grid,
             block: config.block,
             shared: config.shared,
-            stream: config.stream,
             cooperative,
         };
-        launch(driver, function, shape, params, extra)
+        launch(driver, function, config.stream, shape, params, extra)
     }
 
     fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
         blocks: Out<i32>, function: Handle, threads: i32, shared: u64,
     ) |driver| {
+        let function = driver.resolve_here(function)?;
         let found = driver.occupancy(function, threads, shared)?;
         blocks.set(found as i32)
     }
@@ -314,6 +365,7 @@ api! {
     fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
         blocks: Out<i32>, function: Handle, threads: i32, shared: u64, _flags: u32,
     ) |driver| {
+        let function = driver.resolve_here(function)?;
         let found = driver.occupancy(function, threads, shared)?;
         blocks.set(found as i32)
     }
@@ -321,6 +373,7 @@ api! {
     fn cuOccupancyAvailableDynamicSMemPerBlock(
         bytes: Out<u64>, function: Handle, blocks: i32, threads: i32,
     ) |driver| {
+        let function = driver.resolve_here(function)?;
         let wanted = u32::try_from(blocks).map_err(|_| Status::INVALID_VALUE)?;
         let fits = |shared: u64| driver.occupancy(function, threads, shared);
         let (mut low, mut high) = (0u64, 256 << 10);
@@ -342,18 +395,56 @@ api! {
         shared: u64,
         limit: i32,
     ) |driver| {
-        let most = if limit <= 0 { 1024 } else { limit.min(1024) };
-        let device = driver.device()?;
-        let sms = driver.machine.devices[device as usize].properties.multiprocessors as i32;
-        let mut best = (0, 0, 0);
-        for threads in (1..=most / 32).rev().map(|n| 32 * n) {
-            let bytes = shared_of.map_or(shared, |f| f(threads));
-            let blocks = driver.occupancy(function, threads, bytes)? as i32;
-            if blocks * threads > best.0 {
-                best = (blocks * threads, threads, blocks);
-            }
-        }
-        grid.set(best.2 * sms)?;
-        block.set(best.1)
+        best_block(driver, (grid, block), function, shared_of, shared, limit)
     }
+
+    fn cuOccupancyMaxPotentialBlockSizeWithFlags(
+        grid: Out<i32>,
+        block: Out<i32>,
+        function: Handle,
+        shared_of: Option<extern "C" fn(i32) -> u64>,
+        shared: u64,
+        limit: i32,
+        flags: u32,
+    ) |driver| {
+        // 1 only changes what is assumed of the cache.
+        if flags > 1 {
+            return Err(Status::INVALID_VALUE);
+        }
+        best_block(driver, (grid, block), function, shared_of, shared, limit)
+    }
+}
+
+/// The block size that keeps most threads resident, and the blocks that fill the device.
+fn best_block(
+    mut driver: Guard,
+    (grid, block): (Out<i32>, Out<i32>),
+    function: Handle,
+    shared_of: Option<extern "C" fn(i32) -> u64>,
+    shared: u64,
+    limit: i32,
+) -> Outcome {
+    let function = driver.resolve_here(function)?;
+    let most = if limit <= 0 { 1024 } else { limit.min(1024) };
+    let device = driver.device()?;
+    let sms = driver.machine.devices[device as usize]
+        .properties
+        .multiprocessors as i32;
+    let sizes: Vec<i32> = (1..=most / 32).rev().map(|n| 32 * n).collect();
+    // The function is the caller's and may call the driver.
+    drop(driver);
+    let shared = sizes
+        .iter()
+        .map(|&threads| shared_of.map_or(shared, |f| f(threads)));
+    let sizes: Vec<(i32, u64)> = sizes.iter().copied().zip(shared).collect();
+    let driver = super::lock();
+    let mut best = (0, 0, 0);
+    for (threads, bytes) in sizes {
+        let blocks = driver.occupancy(function, threads, bytes)? as i32;
+        if blocks * threads > best.0 {
+            best = (blocks * threads, threads, blocks);
+        }
+    }
+    grid.set(best.2 * sms)?;
+    block.set(best.1)
 }

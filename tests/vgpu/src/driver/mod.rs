@@ -5,12 +5,21 @@
 //! advance, the waiting thread lets go of the lock and gives the others time to act, then
 //! declares a deadlock.
 
+mod capture;
 mod context;
+mod copy;
 mod device;
+mod entry;
+mod exec;
+mod graph;
 mod launch;
+mod library;
 mod memory;
 mod module;
+mod node;
+mod operation;
 mod peer;
+mod pool;
 mod refused;
 mod status;
 mod stream;
@@ -45,6 +54,12 @@ const MODULE: u64 = 2 << 40;
 const FUNCTION: u64 = 3 << 40;
 const STREAM: u64 = 4 << 40;
 const EVENT: u64 = 5 << 40;
+const GRAPH: u64 = 6 << 40;
+const NODE: u64 = 7 << 40;
+const EXEC: u64 = 8 << 40;
+const LIBRARY: u64 = 9 << 40;
+const KERNEL: u64 = 10 << 40;
+const POOL: u64 = 11 << 40;
 
 struct Context {
     device: u32,
@@ -89,6 +104,8 @@ struct Event {
 enum Kept {
     Device,
     Managed,
+    /// Device memory from a pool.
+    Pool(Handle),
     /// Made by the driver; freed by it.
     Host,
     /// The caller's own.
@@ -107,6 +124,12 @@ struct Driver {
     functions: BTreeMap<Handle, Function>,
     streams: BTreeMap<Handle, Stream>,
     events: BTreeMap<Handle, Event>,
+    graphs: graph::Graphs,
+    captures: capture::Captures,
+    libraries: library::Libraries,
+    pools: pool::Pools,
+    /// Names that programs hold pointers to.
+    names: BTreeMap<String, Box<[u8]>>,
     allocations: BTreeMap<u64, (Handle, Kept, u64)>,
     next: u64,
     /// Calls so far: how a thread that waits sees that others act.
@@ -170,8 +193,14 @@ impl Driver {
     fn new() -> Self {
         let config = configuration();
         let devices = config.devices as usize;
+        let mut machine = Machine::new(config);
+        if let Some(bytes) = number("VGPU_MEMORY") {
+            for device in &mut machine.devices {
+                device.properties.memory = bytes;
+            }
+        }
         Self {
-            machine: Machine::new(config),
+            machine,
             initialised: false,
             contexts: BTreeMap::new(),
             primaries: vec![(None, 0, 0); devices],
@@ -180,6 +209,11 @@ impl Driver {
             functions: BTreeMap::new(),
             streams: BTreeMap::new(),
             events: BTreeMap::new(),
+            graphs: graph::Graphs::default(),
+            captures: capture::Captures::default(),
+            libraries: library::Libraries::default(),
+            pools: pool::Pools::default(),
+            names: BTreeMap::new(),
             allocations: BTreeMap::new(),
             next: 0,
             calls: 0,
@@ -363,6 +397,10 @@ fn call(name: &str, body: impl FnOnce(Guard) -> Outcome) -> u32 {
         Ok(Err(status)) => {
             if status == Status::NOT_SUPPORTED {
                 eprintln!("vgpu: {name} is not supported by the virtual GPU in this form");
+            } else if status.is_of_capture()
+                && let Some((_, words)) = status::describe(status.0)
+            {
+                eprintln!("vgpu: {name}: {}", words.trim_end_matches('\0'));
             }
             status.0
         }
@@ -399,26 +437,27 @@ macro_rules! api {
 }
 pub(crate) use api;
 
-/// The address of a function of the API by its name. Names without a version mean the current
-/// one.
-fn address_of(name: &str) -> Option<usize> {
-    static TABLE: LazyLock<BTreeMap<&'static str, usize>> = LazyLock::new(|| {
-        let tables = [
-            device::table(),
-            context::table(),
-            memory::table(),
-            module::table(),
-            peer::table(),
-            stream::table(),
-            launch::table(),
-            refused::table(),
-            table(),
-        ];
-        tables.into_iter().flatten().collect()
-    });
-    ["_v3", "_v2", ""]
-        .into_iter()
-        .find_map(|suffix| TABLE.get(format!("{name}{suffix}").as_str()).copied())
+/// All functions of the API.
+fn tables() -> Vec<Vec<(&'static str, usize)>> {
+    vec![
+        capture::table(),
+        context::table(),
+        copy::table(),
+        device::table(),
+        entry::table(),
+        exec::table(),
+        graph::table(),
+        launch::table(),
+        library::table(),
+        memory::table(),
+        module::table(),
+        node::table(),
+        peer::table(),
+        pool::table(),
+        refused::table(),
+        stream::table(),
+        table(),
+    ]
 }
 
 api! {
@@ -436,10 +475,6 @@ api! {
             unsafe { libc::atexit(at_exit) };
         }
         Ok(())
-    }
-
-    fn cuDriverGetVersion(version: Out<i32>) |_driver| {
-        version.set(13_000)
     }
 
     fn cuGetErrorString(code: u32, text: Out<*const u8>) |_driver| {
@@ -460,28 +495,6 @@ api! {
                 Err(Status::INVALID_VALUE)
             }
         }
-    }
-
-    fn cuGetProcAddress(name: status::In<u8>, function: Out<usize>, _version: i32, _flags: u64) |_driver| {
-        let name = String::from_utf8_lossy(&name.c_string()?).into_owned();
-        let address = address_of(&name);
-        function.set(address.unwrap_or(0))?;
-        address.map(|_| ()).ok_or(Status::NOT_FOUND)
-    }
-
-    fn cuGetProcAddress_v2(
-        name: status::In<u8>,
-        function: Out<usize>,
-        _version: i32,
-        _flags: u64,
-        result: Out<u32>,
-    ) |_driver| {
-        let name = String::from_utf8_lossy(&name.c_string()?).into_owned();
-        let address = address_of(&name);
-        function.set(address.unwrap_or(0))?;
-        // 1 is "not found", which is not an error of the call itself.
-        result.set_if_wanted(u32::from(address.is_none()));
-        address.map(|_| ()).ok_or(Status::NOT_FOUND)
     }
 
     fn vgpuTakeFindings(text: Out<u8>, capacity: u64, length: Out<u64>) |driver| {

@@ -13,7 +13,7 @@ use crate::{loader, ptx};
 const LONGEST: usize = 256 << 20;
 
 /// The PTX behind a pointer to an image: text, a fatbin, or the wrapper around one.
-fn text_of(image: In<u8>, arch: u32) -> Result<String, Status> {
+pub(super) fn text_of(image: In<u8>, arch: u32) -> Result<String, Status> {
     let name = "cuModuleLoadData";
     let head = image.bytes(4)?;
     if fatbin::is_elf(&head) {
@@ -50,25 +50,49 @@ fn text_of(image: In<u8>, arch: u32) -> Result<String, Status> {
     })
 }
 
+/// PTX, parsed, for a device of this architecture.
+pub(super) fn parse(text: &str, arch: u32) -> Result<ptx::ast::Module, Status> {
+    let name = "cuModuleLoadData";
+    let module = ptx::parse(text).map_err(|error| {
+        explain(name, error);
+        Status::INVALID_PTX
+    })?;
+    if module.arch > arch {
+        explain(
+            name,
+            format_args!("PTX for {}, the device is {arch}", module.arch),
+        );
+        return Err(Status::NO_BINARY_FOR_GPU);
+    }
+    Ok(module)
+}
+
+/// The image in a file, with zeros after it.
+pub(super) fn read(path: In<u8>) -> Result<Vec<u8>, Status> {
+    let mut image = std::fs::read(words(path)?).map_err(|_| Status::FILE_NOT_FOUND)?;
+    image.extend([0; 16]);
+    Ok(image)
+}
+
 impl Driver {
-    fn load(&mut self, text: &str) -> Result<Handle, Status> {
+    fn load(&mut self, image: In<u8>) -> Result<Handle, Status> {
         let context = self.healthy()?;
-        let device = self.context(context)?.device;
+        self.potentially_unsafe()?;
         let arch = self.machine.world.config.arch;
+        let module = parse(&text_of(image, arch)?, arch)?;
+        self.place(&module, context)
+    }
+
+    /// Puts a module into a context.
+    pub(super) fn place(
+        &mut self,
+        module: &ptx::ast::Module,
+        context: Handle,
+    ) -> Result<Handle, Status> {
         let name = "cuModuleLoadData";
-        let module = ptx::parse(text).map_err(|error| {
-            explain(name, error);
-            Status::INVALID_PTX
-        })?;
-        if module.arch > arch {
-            explain(
-                name,
-                format_args!("PTX for {}, the device is {arch}", module.arch),
-            );
-            return Err(Status::NO_BINARY_FOR_GPU);
-        }
+        let device = self.context(context)?.device;
         let memory = &mut self.machine.world.memory;
-        let loaded = loader::load(&module, memory, device, &|_| None).map_err(|error| {
+        let loaded = loader::load(module, memory, device, &|_| None).map_err(|error| {
             explain(name, &error);
             if error.unsupported {
                 Status::NOT_SUPPORTED
@@ -86,6 +110,39 @@ impl Driver {
         Ok(handle)
     }
 
+    /// The offset and size of a parameter.
+    pub(super) fn param_info(
+        &self,
+        function: Handle,
+        index: u64,
+        offset: Out<u64>,
+        size: Out<u64>,
+    ) -> Result<(), Status> {
+        let known = self
+            .functions
+            .get(&function)
+            .ok_or(Status::INVALID_HANDLE)?;
+        let index = usize::try_from(index).map_err(|_| Status::INVALID_VALUE)?;
+        let param = known
+            .kernel
+            .params
+            .get(index)
+            .ok_or(Status::INVALID_VALUE)?;
+        offset.set(param.offset.into())?;
+        size.set_if_wanted(param.size.into());
+        Ok(())
+    }
+
+    /// A name as C has it, kept for as long as the library: programs keep the pointer.
+    pub(super) fn keep_name(&mut self, name: &str) -> u64 {
+        let kept = self.names.entry(name.to_owned()).or_insert_with(|| {
+            let mut bytes = name.as_bytes().to_vec();
+            bytes.push(0);
+            bytes.into()
+        });
+        kept.as_ptr() as u64
+    }
+
     /// Forgets a module and its functions.
     pub(super) fn unload(&mut self, handle: Handle) {
         if let Some(module) = self.modules.remove(&handle) {
@@ -94,7 +151,7 @@ impl Driver {
         }
     }
 
-    fn function(&mut self, module: Handle, name: &str) -> Result<Handle, Status> {
+    pub(super) fn function(&mut self, module: Handle, name: &str) -> Result<Handle, Status> {
         let found = self.modules.get(&module).ok_or(Status::INVALID_HANDLE)?;
         if let Some(&handle) = found.functions.get(name) {
             return Ok(handle);
@@ -118,7 +175,7 @@ impl Driver {
         Ok(handle)
     }
 
-    fn global(&self, module: Handle, name: &str) -> Result<(u64, u64), Status> {
+    pub(super) fn global(&self, module: Handle, name: &str) -> Result<(u64, u64), Status> {
         let module = self.modules.get(&module).ok_or(Status::INVALID_HANDLE)?;
         module
             .loaded
@@ -128,7 +185,7 @@ impl Driver {
             .ok_or(Status::NOT_FOUND)
     }
 
-    fn attribute(&self, number: u32, function: Handle) -> Result<i32, Status> {
+    pub(super) fn attribute(&self, number: u32, function: Handle) -> Result<i32, Status> {
         let function = self
             .functions
             .get(&function)
@@ -150,7 +207,12 @@ impl Driver {
         })
     }
 
-    fn set_attribute(&mut self, function: Handle, number: u32, value: i32) -> Result<(), Status> {
+    pub(super) fn set_attribute(
+        &mut self,
+        function: Handle,
+        number: u32,
+        value: i32,
+    ) -> Result<(), Status> {
         let known = self
             .functions
             .get(&function)
@@ -181,41 +243,29 @@ impl Driver {
     }
 }
 
-impl<T> In<T> {
-    pub(super) fn from_address(address: u64) -> Self {
-        // SAFETY: `In` is a transparent pointer; any address is a valid value of it.
-        unsafe { std::mem::transmute::<*const T, Self>(address as *const T) }
-    }
-}
-
-fn words(name: In<u8>) -> Result<String, Status> {
+pub(super) fn words(name: In<u8>) -> Result<String, Status> {
     String::from_utf8(name.c_string()?).map_err(|_| Status::INVALID_VALUE)
 }
 
 api! {
     fn cuModuleLoadData(module: Out<Handle>, image: In<u8>) |driver| {
-        let arch = driver.machine.world.config.arch;
-        let handle = driver.load(&text_of(image, arch)?)?;
+        let handle = driver.load(image)?;
         module.set(handle)
     }
 
     fn cuModuleLoadDataEx(module: Out<Handle>, image: In<u8>, _n: u32, _options: u64, _values: u64) |driver| {
-        let arch = driver.machine.world.config.arch;
-        let handle = driver.load(&text_of(image, arch)?)?;
+        let handle = driver.load(image)?;
         module.set(handle)
     }
 
     fn cuModuleLoadFatBinary(module: Out<Handle>, image: In<u8>) |driver| {
-        let arch = driver.machine.world.config.arch;
-        let handle = driver.load(&text_of(image, arch)?)?;
+        let handle = driver.load(image)?;
         module.set(handle)
     }
 
     fn cuModuleLoad(module: Out<Handle>, path: In<u8>) |driver| {
-        let arch = driver.machine.world.config.arch;
-        let mut image = std::fs::read(words(path)?).map_err(|_| Status::FILE_NOT_FOUND)?;
-        image.extend([0; 16]);
-        let handle = driver.load(&text_of(In::at(image.as_ptr() as u64), arch)?)?;
+        let image = read(path)?;
+        let handle = driver.load(In::at(image.as_ptr() as u64))?;
         module.set(handle)
     }
 
@@ -242,69 +292,76 @@ api! {
         count.set(module.loaded.kernels.len() as u32)
     }
 
-    // A library is a module of the current context.
-    fn cuLibraryLoadData(
-        library: Out<Handle>,
-        image: In<u8>,
-        _options: u64,
-        _values: u64,
-        _n: u32,
-        _library_options: u64,
-        _library_values: u64,
-        _m: u32,
-    ) |driver| {
-        let arch = driver.machine.world.config.arch;
-        let handle = driver.load(&text_of(image, arch)?)?;
-        library.set(handle)
-    }
-
-    fn cuLibraryUnload(library: Handle) |driver| {
-        found(driver.modules.contains_key(&library))?;
-        driver.unload(library);
+    fn cuModuleEnumerateFunctions(functions: Out<Handle>, n: u32, module: Handle) |driver| {
+        let known = driver.modules.get(&module).ok_or(Status::INVALID_HANDLE)?;
+        let mut names: Vec<String> = known.loaded.kernels.keys().cloned().collect();
+        names.sort();
+        for (i, name) in names.iter().take(n as usize).enumerate() {
+            let found = driver.function(module, name)?;
+            functions.set_at(i, found);
+        }
         Ok(())
     }
 
-    fn cuLibraryGetModule(module: Out<Handle>, library: Handle) |driver| {
-        found(driver.modules.contains_key(&library))?;
-        module.set(library)
-    }
-
-    fn cuLibraryGetKernel(kernel: Out<Handle>, library: Handle, name: In<u8>) |driver| {
-        let handle = driver.function(library, &words(name)?)?;
-        kernel.set(handle)
-    }
-
-    fn cuKernelGetFunction(function: Out<Handle>, kernel: Handle) |driver| {
-        found(driver.functions.contains_key(&kernel))?;
-        function.set(kernel)
-    }
-
-    fn cuLibraryGetGlobal(at: Out<u64>, bytes: Out<u64>, library: Handle, name: In<u8>) |driver| {
-        let (address, size) = driver.global(library, &words(name)?)?;
-        at.set_if_wanted(address);
-        bytes.set_if_wanted(size);
-        Ok(())
+    // Modules are lowered when they are loaded: CU_MODULE_EAGER_LOADING.
+    fn cuModuleGetLoadingMode(mode: Out<u32>) |_driver| {
+        mode.set(1)
     }
 
     fn cuFuncGetAttribute(value: Out<i32>, number: u32, function: Handle) |driver| {
+        let function = driver.resolve_here(function)?;
         let found = driver.attribute(number, function)?;
         value.set(found)
     }
 
     fn cuFuncSetAttribute(function: Handle, number: u32, value: i32) |driver| {
+        let function = driver.resolve_here(function)?;
         driver.set_attribute(function, number, value)
     }
 
     fn cuFuncGetModule(module: Out<Handle>, function: Handle) |driver| {
+        let function = driver.resolve_here(function)?;
         let known = driver.functions.get(&function).ok_or(Status::INVALID_HANDLE)?;
         module.set(known.module)
     }
 
+    fn cuFuncGetName(name: Out<u64>, function: Handle) |driver| {
+        let function = driver.resolve_here(function)?;
+        let known = driver.functions.get(&function).ok_or(Status::INVALID_HANDLE)?;
+        let text = known.kernel.name.clone();
+        let kept = driver.keep_name(&text);
+        name.set(kept)
+    }
+
+    fn cuFuncGetParamInfo(function: Handle, index: u64, offset: Out<u64>, size: Out<u64>) |driver| {
+        let function = driver.resolve_here(function)?;
+        driver.param_info(function, index, offset, size)
+    }
+
+    fn cuFuncGetParamCount(function: Handle, count: Out<u64>) |driver| {
+        let function = driver.resolve_here(function)?;
+        let known = driver.functions.get(&function).ok_or(Status::INVALID_HANDLE)?;
+        count.set(known.kernel.params.len() as u64)
+    }
+
+    fn cuFuncIsLoaded(state: Out<u32>, function: Handle) |driver| {
+        let function = driver.resolve_here(function)?;
+        found(driver.functions.contains_key(&function))?;
+        state.set(1)
+    }
+
+    fn cuFuncLoad(function: Handle) |driver| {
+        let function = driver.resolve_here(function)?;
+        found(driver.functions.contains_key(&function))
+    }
+
     fn cuFuncSetCacheConfig(function: Handle, _config: u32) |driver| {
+        let function = driver.resolve_here(function)?;
         found(driver.functions.contains_key(&function))
     }
 
     fn cuFuncSetSharedMemConfig(function: Handle, _config: u32) |driver| {
+        let function = driver.resolve_here(function)?;
         found(driver.functions.contains_key(&function))
     }
 }

@@ -38,6 +38,7 @@ codes! {
     NVLINK_UNCORRECTABLE = 220, "NVLINK_UNCORRECTABLE", "uncorrectable NVLink error detected during the execution";
     FILE_NOT_FOUND = 301, "FILE_NOT_FOUND", "file not found";
     INVALID_HANDLE = 400, "INVALID_HANDLE", "invalid resource handle";
+    ILLEGAL_STATE = 401, "ILLEGAL_STATE", "the operation cannot be performed in the present state";
     NOT_FOUND = 500, "NOT_FOUND", "named symbol not found";
     NOT_READY = 600, "NOT_READY", "device not ready";
     ILLEGAL_ADDRESS = 700, "ILLEGAL_ADDRESS", "an illegal memory access was encountered";
@@ -59,7 +60,25 @@ codes! {
     LAUNCH_FAILED = 719, "LAUNCH_FAILED", "unspecified launch failure";
     COOPERATIVE_LAUNCH_TOO_LARGE = 720, "COOPERATIVE_LAUNCH_TOO_LARGE", "too many blocks in cooperative launch";
     NOT_SUPPORTED = 801, "NOT_SUPPORTED", "operation not supported";
+    STREAM_CAPTURE_UNSUPPORTED = 900, "STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing";
+    STREAM_CAPTURE_INVALIDATED = 901, "STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture";
+    STREAM_CAPTURE_MERGE = 902, "STREAM_CAPTURE_MERGE", "operation would result in a merge of separate capture sequences";
+    STREAM_CAPTURE_UNMATCHED = 903, "STREAM_CAPTURE_UNMATCHED", "capture was not ended in the same stream as it began";
+    STREAM_CAPTURE_UNJOINED = 904, "STREAM_CAPTURE_UNJOINED", "capturing stream has unjoined work";
+    STREAM_CAPTURE_ISOLATION = 905, "STREAM_CAPTURE_ISOLATION", "dependency created on uncaptured work in another stream";
+    STREAM_CAPTURE_IMPLICIT = 906, "STREAM_CAPTURE_IMPLICIT", "operation would make the legacy stream depend on a capturing blocking stream";
+    CAPTURED_EVENT = 907, "CAPTURED_EVENT", "operation not permitted on an event last recorded in a capturing stream";
+    STREAM_CAPTURE_WRONG_THREAD = 908, "STREAM_CAPTURE_WRONG_THREAD", "attempt to terminate a thread-local capture sequence from another thread";
+    GRAPH_EXEC_UPDATE_FAILURE = 910, "GRAPH_EXEC_UPDATE_FAILURE", "the graph update was not performed because it included changes which violated constraints specific to instantiated graph update";
     UNKNOWN = 999, "UNKNOWN", "unknown error";
+}
+
+impl Status {
+    /// Whether this is about a stream that is being captured: what went wrong is worth saying
+    /// where it went wrong, as the end of the capture only says that something did.
+    pub(crate) fn is_of_capture(self) -> bool {
+        (900..=908).contains(&self.0)
+    }
 }
 
 /// What a call comes to.
@@ -99,8 +118,27 @@ impl<T> Out<T> {
         }
     }
 
+    /// Gives back the value of an element of an array, unless the caller wants none.
+    pub(crate) fn set_at(self, n: usize, value: T) {
+        if !self.0.is_null() {
+            // SAFETY: as in `set`, for as many elements as the call was told.
+            unsafe { self.0.add(n).write_unaligned(value) };
+        }
+    }
+
+    pub(crate) fn null() -> Self {
+        Out(std::ptr::null_mut())
+    }
+
     pub(crate) fn address(self) -> u64 {
         self.0 as u64
+    }
+}
+
+impl<T: Copy> Out<T> {
+    /// What the caller has put there.
+    pub(crate) fn get(self) -> Result<T, Status> {
+        In(self.0.cast_const()).get()
     }
 }
 
@@ -134,6 +172,14 @@ impl<T> Copy for In<T> {}
 unsafe impl<T> Send for In<T> {}
 
 impl<T: Copy> In<T> {
+    pub(crate) fn null() -> Self {
+        In(std::ptr::null())
+    }
+
+    pub(crate) fn from_address(address: u64) -> Self {
+        In(address as *const T)
+    }
+
     pub(crate) fn is_null(self) -> bool {
         self.0.is_null()
     }

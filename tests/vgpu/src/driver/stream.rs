@@ -1,9 +1,10 @@
 //! Streams, events, host functions, and waiting for values in memory.
 
 use super::device::found;
+use super::operation::{HostFunction, Operation, WaitValue, WriteValue};
 use super::status::{Out, Outcome, Status};
-use super::{EVENT, Event, Guard, Handle, STREAM, Stream, api, wait, wait_for};
-use crate::machine::{Command, World};
+use super::{Driver, EVENT, Event, Guard, Handle, STREAM, Stream, api, wait, wait_for};
+use crate::machine::Command;
 
 /// Steps that a question about progress makes the devices take: whoever only asks gets somewhere.
 const STEPS: u32 = 256;
@@ -45,54 +46,25 @@ fn create(mut driver: Guard, stream: Out<Handle>, flags: u32, priority: i32) -> 
 }
 
 /// `cuStreamWaitValue` and its comparisons.
-fn until(
-    mut driver: Guard,
-    stream: Handle,
-    at: u64,
-    value: u64,
-    flags: u32,
-    bytes: usize,
-) -> Outcome {
-    if !at.is_multiple_of(bytes as u64) || flags & !3 != 0 {
+fn until(mut driver: Guard, stream: Handle, wait: WaitValue) -> Outcome {
+    if !wait.at.is_multiple_of(wait.bytes as u64) || wait.comparison & !3 != 0 {
         return Err(Status::INVALID_VALUE);
     }
     let memory = &driver.machine.world.memory;
-    memory.check(at, bytes).map_err(|_| Status::INVALID_VALUE)?;
-    let condition = move |world: &World| {
-        let Some((base, allocation)) = world.memory.containing(at) else {
-            return false;
-        };
-        let offset = (at - base) as usize;
-        let mut word = [0; 8];
-        word[..bytes].copy_from_slice(&allocation.region.bytes()[offset..offset + bytes]);
-        let found = u64::from_le_bytes(word);
-        match flags {
-            // Not less, cyclically: the difference is not negative.
-            0 if bytes == 4 => (found as u32).wrapping_sub(value as u32) as i32 >= 0,
-            0 => found.wrapping_sub(value) as i64 >= 0,
-            1 => found == value,
-            2 => found & value != 0,
-            _ if bytes == 4 => !(found as u32 | value as u32) != 0,
-            _ => !(found | value) != 0,
-        }
-    };
-    driver
-        .enqueue(stream, Command::Until(Box::new(condition)))
-        .map(|_| ())
+    let there = memory.check(wait.at, wait.bytes);
+    there.map_err(|_| Status::INVALID_VALUE)?;
+    driver.submit(stream, Operation::WaitValue(wait))
 }
 
-fn write(mut driver: Guard, stream: Handle, at: u64, value: u64, bytes: usize) -> Outcome {
+fn write(mut driver: Guard, stream: Handle, write: WriteValue) -> Outcome {
+    if !write.at.is_multiple_of(write.bytes as u64) {
+        return Err(Status::INVALID_VALUE);
+    }
     let memory = &driver.machine.world.memory;
-    memory.check(at, bytes).map_err(|_| Status::INVALID_VALUE)?;
-    let command = Command::Work(Box::new(move |world: &mut World| {
-        let written = world.memory.write(at, &value.to_le_bytes()[..bytes]);
-        written.map_err(|_| crate::finding::Fault::IllegalAddress)
-    }));
-    driver.enqueue(stream, command).map(|_| ())
+    let there = memory.check(write.at, write.bytes);
+    there.map_err(|_| Status::INVALID_VALUE)?;
+    driver.submit(stream, Operation::WriteValue(write))
 }
-
-/// A function of the host and its argument.
-struct HostFunction(extern "C" fn(u64), u64);
 
 api! {
     fn cuStreamCreate(stream: Out<Handle>, flags: u32) |driver| {
@@ -105,6 +77,7 @@ api! {
 
     fn cuStreamDestroy_v2(stream: Handle) |driver| {
         let known = driver.streams.remove(&stream).ok_or(Status::INVALID_HANDLE)?;
+        driver.captures.forget_stream(known.id);
         // What is in it still runs; the machine forgets it when it is done.
         let driver = wait_for(driver, known.id);
         let mut driver = driver;
@@ -115,6 +88,8 @@ api! {
     fn cuStreamSynchronize(stream: Handle) |driver| {
         let (id, context, _) = driver.stream(stream)?;
         let device = driver.context(context)?.device;
+        driver.refuse_captured(stream)?;
+        driver.potentially_unsafe()?;
         driver.check(device)?;
         let driver = wait_for(driver, id);
         driver.check(device)
@@ -123,6 +98,8 @@ api! {
     fn cuStreamQuery(stream: Handle) |driver| {
         let (id, context, _) = driver.stream(stream)?;
         let device = driver.context(context)?.device;
+        driver.refuse_captured(stream)?;
+        driver.potentially_unsafe()?;
         let driver = advance(driver);
         driver.check(device)?;
         if driver.machine.is_idle(id) { Ok(()) } else { Err(Status::NOT_READY) }
@@ -147,37 +124,62 @@ api! {
         if flags > 1 {
             return Err(Status::INVALID_VALUE);
         }
-        let event = driver.events.get(&event).ok_or(Status::INVALID_HANDLE)?.id;
-        driver.enqueue(stream, Command::Wait(event)).map(|_| ())
+        let id = driver.events.get(&event).ok_or(Status::INVALID_HANDLE)?.id;
+        // CU_EVENT_WAIT_EXTERNAL: a node that waits, in a capture.
+        if flags == 1 && driver.is_captured(stream)? {
+            return driver.capture(stream, Operation::Await(event, id));
+        }
+        if driver.capture_wait(stream, event)? {
+            return Ok(());
+        }
+        driver.enqueue(stream, Command::Wait(id)).map(|_| ())
     }
 
     fn cuStreamWaitValue32_v2(stream: Handle, at: u64, value: u32, flags: u32) |driver| {
-        until(driver, stream, at, value.into(), flags, 4)
+        let wait = WaitValue { at, value: value.into(), bytes: 4, comparison: flags };
+        until(driver, stream, wait)
     }
 
     fn cuStreamWaitValue64_v2(stream: Handle, at: u64, value: u64, flags: u32) |driver| {
-        until(driver, stream, at, value, flags, 8)
+        until(driver, stream, WaitValue { at, value, bytes: 8, comparison: flags })
     }
 
     fn cuStreamWriteValue32_v2(stream: Handle, at: u64, value: u32, _flags: u32) |driver| {
-        write(driver, stream, at, value.into(), 4)
+        write(driver, stream, WriteValue { at, value: value.into(), bytes: 4 })
     }
 
     fn cuStreamWriteValue64_v2(stream: Handle, at: u64, value: u64, _flags: u32) |driver| {
-        write(driver, stream, at, value, 8)
+        write(driver, stream, WriteValue { at, value, bytes: 8 })
     }
 
-    fn cuStreamIsCapturing(stream: Handle, status: Out<u32>) |driver| {
-        driver.stream(stream)?;
-        status.set(0)
+    fn cuStreamGetId(stream: Handle, id: Out<u64>) |driver| {
+        let (found, ..) = driver.stream(stream)?;
+        id.set(found.0.into())
+    }
+
+    fn cuStreamGetDevice(stream: Handle, device: Out<i32>) |driver| {
+        let (_, context, _) = driver.stream(stream)?;
+        device.set(driver.context(context)?.device as i32)
     }
 
     fn cuLaunchHostFunc(stream: Handle, function: Option<extern "C" fn(u64)>, argument: u64) |driver| {
-        let function = HostFunction(function.ok_or(Status::INVALID_VALUE)?, argument);
-        let run = move || {
-            let HostFunction(function, argument) = function;
-            function(argument);
-        };
+        let function = function.ok_or(Status::INVALID_VALUE)?;
+        driver.submit(stream, Operation::Host(HostFunction { function, argument }))
+    }
+
+    fn cuStreamAddCallback(
+        stream: Handle,
+        callback: Option<extern "C" fn(Handle, u32, u64)>,
+        argument: u64,
+        flags: u32,
+    ) |driver| {
+        let callback = callback.ok_or(Status::INVALID_VALUE)?;
+        if flags != 0 {
+            return Err(Status::INVALID_VALUE);
+        }
+        driver.refuse_captured(stream)?;
+        // A stream that has faulted runs nothing, so what is called sees success.
+        let run = move || callback(stream, 0, argument);
         driver.enqueue(stream, Command::Host(Box::new(run))).map(|_| ())
     }
 
@@ -199,22 +201,31 @@ api! {
 
     fn cuEventDestroy_v2(event: Handle) |driver| {
         let known = driver.events.remove(&event).ok_or(Status::INVALID_HANDLE)?;
+        driver.captures.forget_event(event);
         driver.machine.destroy_event(known.id);
         Ok(())
     }
 
     fn cuEventRecord(event: Handle, stream: Handle) |driver| {
-        let id = driver.events.get(&event).ok_or(Status::INVALID_HANDLE)?.id;
-        driver.enqueue(stream, Command::Record(id)).map(|_| ())
+        record(&mut driver, event, stream)
     }
 
-    fn cuEventRecordWithFlags(event: Handle, stream: Handle, _flags: u32) |driver| {
+    fn cuEventRecordWithFlags(event: Handle, stream: Handle, flags: u32) |driver| {
+        if flags > 1 {
+            return Err(Status::INVALID_VALUE);
+        }
         let id = driver.events.get(&event).ok_or(Status::INVALID_HANDLE)?.id;
-        driver.enqueue(stream, Command::Record(id)).map(|_| ())
+        // CU_EVENT_RECORD_EXTERNAL: a node that records, in a capture.
+        if flags == 1 && driver.is_captured(stream)? {
+            return driver.capture(stream, Operation::Record(event, id));
+        }
+        record(&mut driver, event, stream)
     }
 
     fn cuEventQuery(event: Handle) |driver| {
         found(driver.events.contains_key(&event))?;
+        driver.refuse_captured_event(event)?;
+        driver.potentially_unsafe()?;
         let driver = advance(driver);
         let event = driver.events.get(&event).ok_or(Status::INVALID_HANDLE)?;
         driver.check(driver.context(event.context)?.device)?;
@@ -225,36 +236,49 @@ api! {
         let known = driver.events.get(&event).ok_or(Status::INVALID_HANDLE)?;
         let (id, context) = (known.id, known.context);
         let device = driver.context(context)?.device;
+        driver.refuse_captured_event(event)?;
+        driver.potentially_unsafe()?;
         let mut driver = wait(driver, |d| d.machine.event_finished(id));
         driver.machine.host_synchronised_event(id);
         driver.check(device)
     }
 
     fn cuEventElapsedTime(milliseconds: Out<f32>, start: Handle, end: Handle) |driver| {
-        let of = |handle: Handle| {
-            let event = driver.events.get(&handle).ok_or(Status::INVALID_HANDLE)?;
-            if !event.timing || !driver.machine.event_recorded(event.id) {
-                return Err(Status::INVALID_HANDLE);
-            }
-            if !driver.machine.event_finished(event.id) {
-                return Err(Status::NOT_READY);
-            }
-            Ok(driver.machine.event_time(event.id))
-        };
-        // Virtual nanoseconds: they order things, they measure nothing.
-        let (start, end) = (of(start)?, of(end)?);
-        milliseconds.set((end as f64 - start as f64) as f32 / 1e6)
+        elapsed(driver, milliseconds, start, end)
     }
 
     fn cuEventElapsedTime_v2(milliseconds: Out<f32>, start: Handle, end: Handle) |driver| {
-        let of = |handle: Handle| {
-            let event = driver.events.get(&handle).ok_or(Status::INVALID_HANDLE)?;
-            if !event.timing || !driver.machine.event_recorded(event.id) {
-                return Err(Status::INVALID_HANDLE);
-            }
-            Ok(driver.machine.event_time(event.id))
-        };
-        let (start, end) = (of(start)?, of(end)?);
-        milliseconds.set((end as f64 - start as f64) as f32 / 1e6)
+        elapsed(driver, milliseconds, start, end)
     }
+}
+
+fn record(driver: &mut Driver, event: Handle, stream: Handle) -> Outcome {
+    let known = driver.events.get(&event).ok_or(Status::INVALID_HANDLE)?;
+    let (id, context) = (known.id, known.context);
+    let (_, of_stream, _) = driver.stream(stream)?;
+    if driver.context(context)?.device != driver.context(of_stream)?.device {
+        // An event is recorded on the device it was made for.
+        return Err(Status::INVALID_HANDLE);
+    }
+    if driver.capture_record(stream, event)? {
+        return Ok(());
+    }
+    driver.enqueue(stream, Command::Record(id)).map(|_| ())
+}
+
+/// Virtual time between two events: it orders things, it measures nothing.
+fn elapsed(mut driver: Guard, milliseconds: Out<f32>, start: Handle, end: Handle) -> Outcome {
+    let mut times = [0; 2];
+    for (time, handle) in times.iter_mut().zip([start, end]) {
+        driver.refuse_captured_event(handle)?;
+        let event = driver.events.get(&handle).ok_or(Status::INVALID_HANDLE)?;
+        if !event.timing || !driver.machine.event_recorded(event.id) {
+            return Err(Status::INVALID_HANDLE);
+        }
+        if !driver.machine.event_finished(event.id) {
+            return Err(Status::NOT_READY);
+        }
+        *time = driver.machine.event_time(event.id);
+    }
+    milliseconds.set((times[1] as f64 - times[0] as f64) as f32 / 1e6)
 }

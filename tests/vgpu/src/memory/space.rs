@@ -196,6 +196,11 @@ impl Memory {
         (address - base < allocation.region.len().max(1) as u64).then_some((base, allocation))
     }
 
+    /// Whether any allocation has a byte between two addresses, both included.
+    pub fn is_used(&self, first: u64, last: u64) -> bool {
+        self.containing(first).is_some() || self.allocations.range(first..=last).next().is_some()
+    }
+
     /// Frees an allocation by its first address.
     pub fn free(&mut self, address: u64) -> Result<Allocation, MemoryError> {
         let Some(allocation) = self.allocations.remove(&address) else {
@@ -251,11 +256,14 @@ impl Memory {
     fn find(&self, address: u64, len: usize) -> Result<(u64, &Allocation), MemoryError> {
         let found = self.containing(address);
         found
-            .filter(|(base, a)| (address - base) as usize + len <= a.region.len())
+            .filter(|(base, a)| len <= a.region.len() - (address - base) as usize)
             .ok_or_else(|| {
                 MemoryError(format!(
                     "{len} bytes at {address:#x}: {}",
-                    self.whereabouts(address + if found.is_some() { len as u64 } else { 0 })
+                    self.whereabouts(match found {
+                        Some(_) => address.saturating_add(len as u64),
+                        None => address,
+                    })
                 ))
             })
     }
