@@ -163,6 +163,12 @@ pub struct Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.kind.name(), self.message)?;
+        // A race tells of both accesses in its sentence.
+        if self.kind == Kind::Race
+            && let Some(address) = self.address
+        {
+            return write!(f, "; address {address:#x}");
+        }
         if let Some(place) = &self.place {
             write!(f, "; {place}")?;
         }

@@ -170,6 +170,12 @@ fn configuration() -> Config {
             Err(error) => eprintln!("vgpu: VGPU_TOPOLOGY: {error}; ignored"),
         }
     }
+    if let Ok(which) = std::env::var("VGPU_STALE") {
+        match Stale::by_name(which.trim()) {
+            Some(stale) => config.stale = stale,
+            None => eprintln!("vgpu: VGPU_STALE={which} is none of newest, random, oldest"),
+        }
+    }
     if let Ok(list) = std::env::var("VGPU_CHECK") {
         config.checks = match list.trim() {
             "all" => Kind::ALL.to_vec(),

@@ -12,7 +12,7 @@ use super::device::{Device, Properties};
 use super::{Barriers, Block, Launch, Warp, WarpState, World};
 use crate::finding::{Fault, Finding, Findings, Kind, Thread};
 use crate::memory::{Memory, SharedMemory, Topology};
-use crate::race::{self, BlockClock, StreamClock};
+use crate::race::{self, BlockClock, Stale, StreamClock};
 use crate::registers::LANES;
 
 /// Blocks kept going at once at first.
@@ -43,6 +43,8 @@ pub struct Config {
     pub checks: Vec<Kind>,
     /// What lies between the devices.
     pub topology: Topology,
+    /// Which of the values that a strong load may return it does return.
+    pub stale: Stale,
 }
 
 impl Default for Config {
@@ -54,6 +56,7 @@ impl Default for Config {
             launch_budget: 2_000_000_000,
             checks: Kind::ALL.to_vec(),
             topology: Topology::default(),
+            stale: Stale::default(),
         }
     }
 }
@@ -134,6 +137,8 @@ struct Grid {
     finished: u64,
     resident: u32,
     operations: u64,
+    /// What its ended blocks knew.
+    clock: StreamClock,
 }
 
 struct Resident {
@@ -505,6 +510,7 @@ impl Machine {
                     finished: 0,
                     resident: 0,
                     operations: 0,
+                    clock: StreamClock::default(),
                 };
                 self.grids.insert(self.next_launch, grid);
                 self.window = FIRST_WINDOW;
@@ -746,6 +752,10 @@ impl Machine {
             self.world.lane_instructions += lanes;
             self.quiet_runs = 0;
             self.runs_without_end = 0;
+            if let Some(grid) = self.grids.get_mut(&ended.grid) {
+                grid.clock.learn(&ended.warps);
+            }
+            self.world.memory.race.end_block(ended.block.uid);
             self.end_block(ended.grid);
         }
     }
@@ -762,6 +772,7 @@ impl Machine {
         {
             stream.busy = false;
             stream.finished += 1;
+            stream.clock.join(&grid.clock);
             stream.clock.tick(grid.stream.0);
         }
     }

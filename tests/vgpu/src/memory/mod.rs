@@ -147,7 +147,26 @@ pub fn atomic(
 
 /// A fence by the lanes of `cx.mask`.
 pub fn fence(cx: &mut Cx, order: Order, scope: Scope) {
-    race::fence(cx.block.uid, cx.warp, cx.mask, order, scope);
+    let race = &mut cx.world.memory.race;
+    if !race.is_on() {
+        return;
+    }
+    race.note_fence(cx.op.id, &cx.op.place, order, scope);
+    let fence = race::Fence {
+        order,
+        scope,
+        op: cx.op.id,
+    };
+    let (block, notes) = (cx.block.uid, &mut cx.block.clock.notes);
+    race::fence(
+        race,
+        &cx.launch.clock,
+        block,
+        notes,
+        cx.warp,
+        cx.mask,
+        fence,
+    );
 }
 
 /// The space a generic address points into: Shared, Local, Param or Global.

@@ -27,7 +27,7 @@ pub struct Region {
     unwritten: usize,
     /// The memory of the race checks; None where they are off.
     pub shadow: Option<Shadow>,
-    /// What releases left at flags.
+    /// What strong accesses wrote to flags.
     pub flags: Flags,
 }
 

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::finding::{Fault, Finding, Kind};
 use crate::machine::{Config, Cx, World};
-use crate::race::{self, Agent, Conflict, FlagAccess, Race, StreamClock};
+use crate::race::{Agent, Conflict, FlagAccess, Race, StreamClock};
 use crate::registers::lanes;
 
 /// The first address of device 0.
@@ -86,7 +86,11 @@ impl Memory {
                 .collect(),
             changes: 0,
             links: Links::new(&config.topology, config.devices),
-            race: Race::new(config.checks.contains(&Kind::Race)),
+            race: Race::new(
+                config.checks.contains(&Kind::Race),
+                config.stale,
+                config.seed,
+            ),
             findings: Vec::new(),
         }
     }
@@ -288,11 +292,8 @@ impl Memory {
                 shadow.forget(at, at + len);
             }
         }
-        if writes {
-            allocation
-                .region
-                .flags
-                .retain(|&offset, _| (offset as usize + 8) <= at || offset as usize >= at + len);
+        if writes && !allocation.region.flags.is_empty() {
+            allocation.region.flags.forget(at as u32, (at + len) as u32);
         }
         Ok(())
     }
@@ -320,6 +321,11 @@ impl Memory {
         if let Some(allocation) = self.allocations.get_mut(&base) {
             allocation.region.bytes_mut()[at..at + data.len()].copy_from_slice(data);
             allocation.region.mark_range(at, at + data.len(), true);
+            // Small writes of a stream are flags: they release all before them in the stream.
+            if matches!(data.len(), 4 | 8) && at.is_multiple_of(data.len()) {
+                let flags = &mut allocation.region.flags;
+                self.race.stream_wrote(flags, at as u32, data);
+            }
         }
         self.changes += 1;
         Ok(())
@@ -360,24 +366,16 @@ impl Memory {
 }
 
 fn race_finding(race: &Race, conflict: &Conflict, address: u64, writes: bool) -> Finding {
-    let (place, thread) = (None, None);
+    let doing = if writes { "written" } else { "read" };
+    let (reason, message) = race.explain(conflict, doing, None);
     Finding {
         kind: Kind::Race,
-        place,
-        thread,
+        place: None,
+        thread: None,
         address: Some(address),
         other: Some(race.describe(conflict.other, conflict.other_op)),
-        reason: None,
-        message: format!(
-            "the host's {} and an earlier {} of the same bytes, in {}",
-            if writes { "write" } else { "read" },
-            if conflict.other_wrote {
-                "write"
-            } else {
-                "read"
-            },
-            race.missing(conflict.this, conflict.other)
-        ),
+        reason: Some(reason),
+        message,
     }
 }
 
@@ -410,6 +408,14 @@ impl Doing {
             Doing::Load => "read",
             Doing::Store => "write",
             Doing::Atomic => "atomic operation",
+        }
+    }
+
+    fn done(self) -> &'static str {
+        match self {
+            Doing::Load => "read",
+            Doing::Store => "written",
+            Doing::Atomic => "changed atomically",
         }
     }
 }
@@ -473,32 +479,14 @@ fn report_race(cx: &mut Cx, lane: usize, address: u64, conflict: &Conflict, doin
         return;
     }
     let race = &cx.world.memory.race;
-    let earlier = if conflict.other_wrote {
-        "write"
-    } else {
-        "read"
-    };
-    let message = if conflict.non_coherent {
-        format!(
-            "a {} of bytes with an earlier {earlier}, one of them through the non-coherent path \
-             (ld.global.nc), which wants memory that nobody writes while the kernel runs",
-            doing.word()
-        )
-    } else {
-        format!(
-            "a {} and an earlier {earlier} of the same bytes with nothing between them, in {}",
-            doing.word(),
-            race.missing(conflict.this, conflict.other)
-        )
-    };
-    let other = race.describe(conflict.other, conflict.other_op);
+    let (reason, message) = race.explain(conflict, doing.done(), Some(&cx.block.clock.notes));
     let finding = Finding {
         kind: Kind::Race,
         place: Some((*cx.op.place).clone()),
         thread: Some(cx.thread(lane)),
         address: Some(address),
-        other: Some(other),
-        reason: None,
+        other: Some(race.describe(conflict.other, conflict.other_op)),
+        reason: Some(reason),
         message,
     };
     cx.world.findings.report(finding);
@@ -512,7 +500,21 @@ fn byte_mask(word: u32, at: u32, n: u32) -> u8 {
     ((1u32 << to) - (1u32 << from)) as u8
 }
 
-/// Race checks and flags of one lane's access to a region.
+/// What a strong access moves, for the histories.
+#[derive(Clone, Copy)]
+struct Moved<'a> {
+    /// What is in memory.
+    old: &'a [u8],
+    /// Bytes of it that nobody wrote.
+    undef: u32,
+    /// What comes there; None for a load, or if nobody knows.
+    new: Option<&'a [u8]>,
+    /// An atomic operation, though it may leave memory as it is.
+    atomic: bool,
+}
+
+/// Race checks and history of one lane's access to a region. If a strong load gets older values
+/// than memory holds, those.
 #[inline(always)]
 fn check_race(
     cx: &mut Cx,
@@ -521,39 +523,79 @@ fn check_race(
     base: Option<u64>,
     offset: u32,
     doing: Doing,
-) {
-    let conflict = {
-        let memory = &mut cx.world.memory;
-        if !memory.race.is_on() {
-            return;
-        }
-        let region = match base {
-            None => &mut cx.block.shared.region,
-            Some(base) => match memory.allocations.get_mut(&base) {
-                Some(allocation) => &mut allocation.region,
-                None => return,
-            },
-        };
-        let mut agent = Agent {
-            block: cx.block.uid,
-            warp: cx.warp.index,
-            lane,
-            clock: &mut cx.warp.clock,
-            launch: &cx.launch.clock,
-            device: cx.launch.device,
-            op: cx.op.id,
-            strong: (access.order != Order::Weak).then_some(access.scope),
-            non_coherent: access.non_coherent,
-        };
-        check_region(region, &mut memory.race, &mut agent, access, offset, doing)
+    moved: Option<Moved>,
+) -> Option<[u8; 32]> {
+    let memory = &mut cx.world.memory;
+    if !memory.race.is_on() {
+        return None;
+    }
+    let region = match base {
+        None => &mut cx.block.shared.region,
+        Some(base) => &mut memory.allocations.get_mut(&base)?.region,
     };
+    let mut agent = Agent {
+        block: cx.block.uid,
+        warp: cx.warp.index,
+        lane,
+        clock: &mut cx.warp.clock,
+        launch: &cx.launch.clock,
+        op: cx.op.id,
+        element: access.element,
+        strong: (access.order != Order::Weak).then_some(access.scope),
+        non_coherent: access.non_coherent,
+    };
+    let conflict = check_region(region, &mut memory.race, &mut agent, access, offset, doing);
+    let address = base.unwrap_or(SHARED_WINDOW) + u64::from(offset);
+    let mut stale = None;
+    match moved {
+        Some(moved) if access.order != Order::Weak => {
+            // A vector access is accesses to its elements, without an order among them.
+            for at in (0..access.bytes).step_by(access.element as usize) {
+                let flag = FlagAccess {
+                    offset: offset + at,
+                    address: address + u64::from(at),
+                    bytes: access.element,
+                    order: access.order,
+                    scope: access.scope,
+                    old: (moved.undef >> at == 0).then(|| integer(moved.old, at, access.element)),
+                    reads: doing != Doing::Store,
+                    modifies: moved.atomic,
+                    new: moved.new.map(|new| integer(new, at, access.element)),
+                    raced: conflict.is_some(),
+                };
+                let notes = &mut cx.block.clock.notes;
+                let flags = &mut region.flags;
+                if let Some(value) = flags.access(&mut memory.race, &mut agent, notes, flag) {
+                    let all = stale.get_or_insert_with(|| {
+                        let mut bytes = [0; 32];
+                        bytes[..moved.old.len()].copy_from_slice(moved.old);
+                        bytes
+                    });
+                    let (at, n) = (at as usize, access.element as usize);
+                    all[at..at + n].copy_from_slice(&value.to_le_bytes()[..n]);
+                }
+            }
+        }
+        _ if doing != Doing::Load && !region.flags.is_empty() => {
+            region.flags.forget(offset, offset + access.bytes);
+        }
+        _ => {}
+    }
+    if stale.is_some() {
+        // Whoever waits may still see something new.
+        memory.changes += 1;
+    }
     if let Some(conflict) = conflict {
-        let address = base.unwrap_or(SHARED_WINDOW) + u64::from(offset);
         report_race(cx, lane, address, &conflict, doing);
     }
+    stale
 }
 
-/// As [`check_race`], where the region is at hand.
+fn integer(bytes: &[u8], at: u32, n: u32) -> u64 {
+    read_word(&bytes[at as usize..(at + n) as usize])
+}
+
+/// The race checks of [`check_race`], where the region is at hand.
 #[inline(always)]
 fn check_region(
     region: &mut Region,
@@ -577,21 +619,7 @@ fn check_region(
         let unwritten =
             doing != Doing::Load && region.unwritten(offset as usize, access.bytes as usize) != 0;
         conflict.unwritten = unwritten && !conflict.other_wrote;
-    }
-    let (reads, writes) = (doing != Doing::Store, doing != Doing::Load);
-    if agent.strong.is_some() && (writes || !region.flags.is_empty()) {
-        let flag = FlagAccess {
-            offset,
-            bytes: access.bytes,
-            order: access.order,
-            scope: access.scope,
-            reads,
-            writes,
-            raced: conflict.is_some(),
-        };
-        race::flag(&mut region.flags, agent, flag);
-    } else if writes && !region.flags.is_empty() {
-        region.flags.remove(&offset);
+        conflict.this_reads = doing != Doing::Store;
     }
     conflict
 }
@@ -709,13 +737,7 @@ fn arrives(cx: &mut Cx, lane: usize, base: u64, at: u64, doing: Doing) -> Result
 fn note(cx: &mut Cx, access: &Access) {
     let race = &mut cx.world.memory.race;
     if race.is_on() {
-        race.note(
-            cx.op.id,
-            &cx.op.place,
-            access.order,
-            access.scope,
-            access.non_coherent,
-        );
+        race.note(cx.op.id, &cx.op.place, access);
     }
 }
 
@@ -770,7 +792,7 @@ fn take(data: &Data, lane: usize, n: usize) -> ([u8; 32], u32) {
     (bytes, undef)
 }
 
-/// A load whose lanes all lie in one region; false if they do not.
+/// A weak load whose lanes all lie in one region; false if they do not.
 fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
     let Some((region, race, base, is_shared)) = common_region(
         cx.world,
@@ -790,9 +812,9 @@ fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
             lane: 0,
             clock: &mut cx.warp.clock,
             launch: &cx.launch.clock,
-            device: cx.launch.device,
             op: cx.op.id,
-            strong: (access.order != Order::Weak).then_some(access.scope),
+            element: access.element,
+            strong: None,
             non_coherent: access.non_coherent,
         };
         for lane in lanes(access.mask) {
@@ -844,7 +866,7 @@ fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
     true
 }
 
-/// A store whose lanes all lie in one region and whose values are defined; false otherwise.
+/// A weak store whose lanes all lie in one region and whose values are defined; false otherwise.
 fn store_together(cx: &mut Cx, access: &Access, data: &Data) -> bool {
     let n = access.bytes as usize;
     let undef = data.undef[..n.div_ceil(4)].iter().flatten();
@@ -868,9 +890,9 @@ fn store_together(cx: &mut Cx, access: &Access, data: &Data) -> bool {
             lane: 0,
             clock: &mut cx.warp.clock,
             launch: &cx.launch.clock,
-            device: cx.launch.device,
             op: cx.op.id,
-            strong: (access.order != Order::Weak).then_some(access.scope),
+            element: access.element,
+            strong: None,
             non_coherent: false,
         };
         for lane in lanes(access.mask) {
@@ -879,6 +901,9 @@ fn store_together(cx: &mut Cx, access: &Access, data: &Data) -> bool {
             let conflict = check_region(region, race, &mut agent, access, offset, Doing::Store);
             if let Some(conflict) = conflict {
                 found = found.or(Some((lane, conflict)));
+            }
+            if !region.flags.is_empty() {
+                region.flags.forget(offset, offset + access.bytes);
             }
         }
     }
@@ -912,11 +937,87 @@ fn store_together(cx: &mut Cx, access: &Access, data: &Data) -> bool {
     true
 }
 
+/// The region at an address that was found there, or the block's shared memory.
+fn region_at<'a>(cx: &'a mut Cx, base: Option<u64>) -> Option<&'a mut Region> {
+    match base {
+        None => Some(&mut cx.block.shared.region),
+        Some(base) => {
+            let allocation = cx.world.memory.allocations.get_mut(&base)?;
+            Some(&mut allocation.region)
+        }
+    }
+}
+
+/// One lane's load from a region, inside of it.
+fn load_one(
+    cx: &mut Cx,
+    access: &Access,
+    data: &mut Data,
+    lane: usize,
+    base: Option<u64>,
+    at: usize,
+) {
+    let n = access.bytes as usize;
+    let mut bytes = [0; 32];
+    let Some(region) = region_at(cx, base) else {
+        return;
+    };
+    bytes[..n].copy_from_slice(&region.bytes()[at..at + n]);
+    let undef = region.unwritten(at, n);
+    let moved = Moved {
+        old: &bytes[..n],
+        undef,
+        new: None,
+        atomic: false,
+    };
+    let stale = check_race(cx, access, lane, base, at as u32, Doing::Load, Some(moved));
+    put(data, lane, &stale.unwrap_or(bytes)[..n], undef);
+}
+
+/// One lane's store into a region, inside of it.
+#[allow(clippy::too_many_arguments)]
+fn store_one(
+    cx: &mut Cx,
+    access: &Access,
+    lane: usize,
+    base: Option<u64>,
+    at: usize,
+    new: &[u8],
+    undef: u32,
+    doing: Doing,
+) {
+    let n = new.len();
+    let strong = access.order != Order::Weak;
+    let mut old = [0; 32];
+    let mut moved = None;
+    if strong
+        && undef == 0
+        && let Some(region) = region_at(cx, base)
+    {
+        old[..n].copy_from_slice(&region.bytes()[at..at + n]);
+        moved = Some(Moved {
+            old: &old[..n],
+            undef: region.unwritten(at, n),
+            new: Some(new),
+            atomic: false,
+        });
+    }
+    check_race(cx, access, lane, base, at as u32, doing, moved);
+    let Some(region) = region_at(cx, base) else {
+        return;
+    };
+    let target = &mut region.bytes_mut()[at..at + n];
+    let changed = *target != *new;
+    target.copy_from_slice(new);
+    region.mark(at, n, undef);
+    cx.world.memory.changes += u64::from(changed);
+}
+
 pub(super) fn load(cx: &mut Cx, access: &Access, data: &mut Data) -> Result<(), Fault> {
     let n = access.bytes as usize;
     let mut last = None;
     note(cx, access);
-    if access.mask != 0 && load_together(cx, access, data) {
+    if access.mask != 0 && access.order == Order::Weak && load_together(cx, access, data) {
         return Ok(());
     }
     for lane in lanes(access.mask) {
@@ -933,31 +1034,13 @@ pub(super) fn load(cx: &mut Cx, access: &Access, data: &mut Data) -> Result<(), 
                     put(data, lane, &[0xff; 32][..n], 0);
                     continue;
                 }
-                check_race(cx, access, lane, Some(base), offset as u32, Doing::Load);
-                if let Some(allocation) = cx.world.memory.allocations.get(&base) {
-                    let offset = offset as usize;
-                    let undef = allocation.region.unwritten(offset, n);
-                    put(
-                        data,
-                        lane,
-                        &allocation.region.bytes()[offset..offset + n],
-                        undef,
-                    );
-                }
+                load_one(cx, access, data, lane, Some(base), offset as usize);
             }
             Space::Shared => {
                 if at + n as u64 > cx.block.shared.region.len() as u64 {
                     return Err(outside(cx, lane, space, at, access.bytes, Doing::Load));
                 }
-                check_race(cx, access, lane, None, at as u32, Doing::Load);
-                let region = &cx.block.shared.region;
-                let at = at as usize;
-                put(
-                    data,
-                    lane,
-                    &region.bytes()[at..at + n],
-                    region.unwritten(at, n),
-                );
+                load_one(cx, access, data, lane, None, at as usize);
             }
             Space::Param if at < FRAME_PARAMS => {
                 let at = at as usize;
@@ -1000,7 +1083,7 @@ pub(super) fn store(cx: &mut Cx, access: &Access, data: &Data) -> Result<(), Fau
     let n = access.bytes as usize;
     let mut last = None;
     note(cx, access);
-    if access.mask != 0 && store_together(cx, access, data) {
+    if access.mask != 0 && access.order == Order::Weak && store_together(cx, access, data) {
         return Ok(());
     }
     for lane in lanes(access.mask) {
@@ -1026,13 +1109,8 @@ pub(super) fn store(cx: &mut Cx, access: &Access, data: &Data) -> Result<(), Fau
                 if at + n as u64 > cx.block.shared.region.len() as u64 {
                     return Err(outside(cx, lane, space, at, access.bytes, Doing::Store));
                 }
-                check_race(cx, access, lane, None, at as u32, Doing::Store);
-                let region = &mut cx.block.shared.region;
                 let at = at as usize;
-                let target = &mut region.bytes_mut()[at..at + n];
-                cx.world.memory.changes += u64::from(*target != bytes[..n]);
-                target.copy_from_slice(&bytes[..n]);
-                region.mark(at, n, undef);
+                store_one(cx, access, lane, None, at, &bytes[..n], undef, Doing::Store);
             }
             Space::Local => {
                 for (i, &byte) in bytes[..n].iter().enumerate() {
@@ -1091,14 +1169,8 @@ fn store_global(
         );
         cx.report(Kind::Uninitialised, lane, Some(at), message);
     }
-    check_race(cx, access, lane, Some(base), offset as u32, doing);
-    if let Some(allocation) = cx.world.memory.allocations.get_mut(&base) {
-        let offset = offset as usize;
-        let target = &mut allocation.region.bytes_mut()[offset..offset + n];
-        cx.world.memory.changes += u64::from(*target != *bytes);
-        target.copy_from_slice(bytes);
-        allocation.region.mark(offset, n, undef);
-    }
+    let offset = offset as usize;
+    store_one(cx, access, lane, Some(base), offset, bytes, undef, doing);
     Ok(())
 }
 
@@ -1136,41 +1208,35 @@ pub(super) fn atomic(
             continue;
         }
         let offset = offset as usize;
-        let region = |cx: &mut Cx| -> (u64, u32) {
-            let region = match base {
-                None => &cx.block.shared.region,
-                Some(base) => match cx.world.memory.allocations.get(&base) {
-                    Some(allocation) => &allocation.region,
-                    None => return (0, 0),
-                },
-            };
-            let value = read_word(&region.bytes()[offset..offset + n]);
-            (value, region.unwritten(offset, n))
+        let Some(region) = region_at(cx, base) else {
+            continue;
         };
-        let (value, undef) = region(cx);
-        let new = update(lane, value);
+        let value = read_word(&region.bytes()[offset..offset + n]);
+        let undef = region.unwritten(offset, n);
+        let new = update(lane, value).map(|new| new & (u64::MAX >> (64 - 8 * n)));
         // A compare-and-swap that fails has only read.
         let doing = if new.is_some() {
             Doing::Atomic
         } else {
             Doing::Load
         };
-        check_race(cx, access, lane, base, offset as u32, doing);
+        let after = new.map(u64::to_le_bytes);
+        let moved = Moved {
+            old: &value.to_le_bytes()[..n],
+            undef,
+            new: after.as_ref().map(|after| &after[..n]),
+            atomic: true,
+        };
+        check_race(cx, access, lane, base, offset as u32, doing, Some(moved));
         if undef != 0 && cx.world.findings.is_first(Kind::Uninitialised, cx.op.id) {
             let message = "an atomic operation on memory that nobody wrote".to_owned();
             cx.report(Kind::Uninitialised, lane, Some(at), message);
         }
         old.words[0][lane] = value as u32;
         old.words[1][lane] = (value >> 32) as u32;
-        let Some(new) = new else { continue };
-        let region = match base {
-            None => &mut cx.block.shared.region,
-            Some(base) => match cx.world.memory.allocations.get_mut(&base) {
-                Some(allocation) => &mut allocation.region,
-                None => continue,
-            },
+        let (Some(new), Some(region)) = (new, region_at(cx, base)) else {
+            continue;
         };
-        let new = new & (u64::MAX >> (64 - 8 * n));
         write_word(&mut region.bytes_mut()[offset..offset + n], new);
         region.mark(offset, n, 0);
         cx.world.memory.changes += u64::from(new != value);

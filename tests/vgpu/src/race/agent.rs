@@ -1,6 +1,6 @@
 //! A lane about to access memory, and what it knows of the accesses it finds there.
 
-use super::{Epoch, LaunchClock, Race, Touch, WarpClock};
+use super::{Epoch, HOST_OP, LaunchClock, Race, Touch, WarpClock};
 use crate::memory::Scope;
 use crate::registers::lanes;
 
@@ -16,10 +16,10 @@ pub struct Agent<'a> {
     pub clock: &'a mut WarpClock,
     /// What the launch knows.
     pub launch: &'a LaunchClock,
-    /// The device it runs on.
-    pub device: u32,
     /// The operation.
     pub op: u32,
+    /// Bytes of an element of the access.
+    pub element: u32,
     /// The scope of a strong access.
     pub strong: Option<Scope>,
     /// Through the non-coherent path.
@@ -37,6 +37,10 @@ pub struct Conflict {
     pub other_wrote: bool,
     /// This one.
     pub this: Epoch,
+    /// Its operation.
+    pub this_op: u32,
+    /// Whether it reads.
+    pub this_reads: bool,
     /// One of the two goes through the non-coherent path and the other writes.
     pub non_coherent: bool,
     /// A write to bytes that nobody had written before: the earlier read got nothing.
@@ -64,26 +68,33 @@ impl Agent<'_> {
         }
         if block == self.block {
             let own = warp == self.warp;
-            if own && (lane == self.lane || self.clock.of_lane(self.lane, lane) > epoch.time()) {
+            if own && (lane == self.lane || self.clock.near.of_lane(self.lane, lane) > epoch.time())
+            {
                 return true;
             }
-            if !own && self.clock.known[warp as usize] > epoch.time() {
+            if !own && self.clock.near.known[warp as usize] > epoch.time() {
                 return true;
             }
         } else if race.knows_actor(self.launch, block) {
             return true;
         }
-        let extra = &self.clock.extra[self.lane];
-        extra
-            .as_ref()
-            .is_some_and(|e| e.of_lane(block, warp, lane) > epoch.time())
+        let learned = self.clock.learned[self.lane].sure.as_ref();
+        learned.is_some_and(|known| race.knows_through(known, epoch))
+            || self.launch.clock.known.knows(epoch)
+    }
+
+    /// Whether the lane knows of an access, be it by the order of fences: then no value from
+    /// before is left for it.
+    pub(super) fn knows_fenced(&self, race: &Race, epoch: Epoch) -> bool {
+        let fenced = self.clock.learned[self.lane].fenced.as_ref();
+        self.knows(race, epoch) || fenced.is_some_and(|known| race.knows_through(known, epoch))
     }
 
     /// Whether the lane knows of the same access by several lanes of a warp.
     #[inline(always)]
     pub(super) fn knows_lanes(&self, race: &Race, epoch: Epoch, mask: u32) -> bool {
         let sibling = epoch.block() == self.block && epoch.warp() != self.warp;
-        (sibling && self.clock.known[epoch.warp() as usize] > epoch.time())
+        (sibling && self.clock.near.known[epoch.warp() as usize] > epoch.time())
             || lanes(mask).all(|lane| self.knows(race, epoch.with_lane(lane)))
     }
 
@@ -106,14 +117,13 @@ impl Agent<'_> {
         let (Some(mine), Some(access)) = (self.strong, race.accesses.get(&op)) else {
             return false;
         };
-        let Some(theirs) = access.strong else {
+        let Some(theirs) = access.strong() else {
             return false;
         };
-        match mine.min(theirs) {
-            Scope::Cta | Scope::Cluster => other.block() == self.block,
-            Scope::Gpu => race.actors[other.block() as usize].device == self.device,
-            Scope::Sys => true,
-        }
+        // Overlapping only in part, two accesses are not atomic to each other. Copies are seen
+        // word by word, whatever the word.
+        let whole = access.element == self.element || op == HOST_OP || self.op == HOST_OP;
+        whole && race.includes(mine.min(theirs), other.block(), self.block)
     }
 
     /// Whether this access and an earlier one conflict.
@@ -145,6 +155,8 @@ impl Agent<'_> {
             other_op: op,
             other_wrote: wrote,
             this: self.epoch(),
+            this_op: self.op,
+            this_reads: false,
             non_coherent: false,
             unwritten: false,
         };

@@ -1,97 +1,29 @@
-//! Happens-before: who knows of whose accesses, and which accesses nothing orders.
-//!
-//! Every access has an *epoch*: the thread that made it and that thread's time. A warp's time
-//! advances whenever what its lanes have done is handed on (a barrier, a warp's barrier, a
-//! release), so "thread T knows all of warp W's accesses before time t" says everything there is
-//! to say about ordering. Memory keeps, for each word, the epoch of the last write and the set
-//! of reads since (`shadow`); an access that finds an epoch there which its thread does not
-//! know is a race, unless both are strong and their scopes include each other ("morally strong",
-//! PTX ISA, "Memory Consistency Model").
-//!
-//! What a lane knows has three parts: of its own warp (`bar.warp.sync`), of the other warps of
-//! its block (barriers), and of threads elsewhere, which it learned of through flags: a release
-//! leaves what the releasing thread knows at the flag, an acquire that reads the flag joins it.
-//! Shuffles and votes order nothing (the ISA gives them no memory ordering).
+//! Happens-before: who knows of whose accesses, which accesses nothing orders, and which old
+//! values a strong read may still return.
 
 mod agent;
+mod clock;
+mod history;
+mod order;
 mod readers;
 mod shadow;
+mod words;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use agent::{Agent, Conflict};
+pub use clock::{Epoch, Knowledge, StreamClock, WarpClock, barrier, warp_sync};
+pub use history::{FlagAccess, Flags, Stale};
+pub use order::{Fence, fence};
 pub use shadow::{Cell, Shadow};
+pub use words::Notes;
 
 use rustc_hash::FxHashMap;
 
 use crate::finding::{Place, Thread};
-use crate::machine::{Block, Launch, Warp};
-use crate::memory::{Order, Scope};
-use crate::registers::{FULL, LANES, Lanes, lanes};
-
-/// What a stream (or the host) knows: of each stream, how many of its pieces of work are done.
-#[derive(Debug, Clone, Default)]
-pub struct StreamClock {
-    known: BTreeMap<u32, u64>,
-}
-
-impl StreamClock {
-    /// A piece of work of the stream is done.
-    pub fn tick(&mut self, stream: u32) {
-        *self.known.entry(stream).or_default() += 1;
-    }
-
-    /// Learns what the other knows.
-    pub fn join(&mut self, other: &Self) {
-        for (&stream, &time) in &other.known {
-            let known = self.known.entry(stream).or_default();
-            *known = time.max(*known);
-        }
-    }
-
-    fn of(&self, stream: u32) -> u64 {
-        self.known.get(&stream).copied().unwrap_or(0)
-    }
-}
-
-/// A thread and its time, in one word: block (27 bits), warp and lane (5 each), time (26).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Epoch(pub(crate) u64);
-
-const TIME_BITS: u32 = 26;
-
-impl Epoch {
-    fn new(block: u64, warp: u32, lane: usize, time: u32) -> Self {
-        let time = u64::from(time).min((1 << TIME_BITS) - 1);
-        Self(
-            (block & ((1 << 27) - 1)) << 36
-                | u64::from(warp) << 31
-                | (lane as u64) << TIME_BITS
-                | time,
-        )
-    }
-
-    fn with_lane(self, lane: usize) -> Self {
-        Self(self.0 | (lane as u64) << TIME_BITS)
-    }
-
-    fn block(self) -> u64 {
-        self.0 >> 36
-    }
-
-    fn warp(self) -> u32 {
-        (self.0 >> 31) as u32 & 31
-    }
-
-    fn lane(self) -> usize {
-        (self.0 >> TIME_BITS) as usize & 31
-    }
-
-    fn time(self) -> u32 {
-        self.0 as u32 & ((1 << TIME_BITS) - 1)
-    }
-}
+use crate::machine::{Block, Launch};
+use crate::memory::{self, Order, Scope};
 
 /// What memory keeps of an operation that touched it, in one word: the operation's number,
 /// whether it is anything but a plain access (strong, or through the non-coherent path: then
@@ -124,245 +56,12 @@ impl Touch {
     }
 }
 
-/// Knowledge that came through flags: of each block, how far of each lane of its warps. Sorted
-/// by block. What whole blocks know is handed around unchanged most of the time, so it is shared:
-/// to learn what one knows already is to compare pointers.
-#[derive(Debug, Clone, Default)]
-pub struct Knowledge {
-    blocks: Vec<(u64, Arc<Vec<Lanes>>)>,
-}
-
-impl Knowledge {
-    /// Of some warps of one block.
-    fn of_block(block: u64, warps: Vec<Lanes>) -> Self {
-        Self {
-            blocks: vec![(block, Arc::new(warps))],
-        }
-    }
-
-    /// How far of a lane.
-    #[inline(always)]
-    fn of_lane(&self, block: u64, warp: u32, lane: usize) -> u32 {
-        let found = self.blocks.binary_search_by_key(&block, |b| b.0);
-        let warps = found.ok().map(|at| &self.blocks[at].1);
-        warps
-            .and_then(|w| w.get(warp as usize))
-            .map_or(0, |times| times[lane])
-    }
-
-    /// Learns how far of the warps of a block.
-    fn add(&mut self, block: u64, warps: &Arc<Vec<Lanes>>) {
-        match self.blocks.binary_search_by_key(&block, |b| b.0) {
-            Err(at) => self.blocks.insert(at, (block, warps.clone())),
-            Ok(at) => {
-                let own = &mut self.blocks[at].1;
-                if Arc::ptr_eq(own, warps) || !has_news(own, warps) {
-                    return;
-                }
-                if !has_news(warps, own) {
-                    own.clone_from(warps);
-                    return;
-                }
-                let merged = Arc::make_mut(own);
-                if merged.len() < warps.len() {
-                    merged.resize(warps.len(), [0; LANES]);
-                }
-                for (own, new) in merged.iter_mut().zip(warps.iter()) {
-                    for (own, &new) in own.iter_mut().zip(new) {
-                        *own = new.max(*own);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Whether it concerns this block alone.
-    fn is_of(&self, block: u64) -> bool {
-        self.blocks.iter().all(|b| b.0 == block)
-    }
-}
-
-/// Whether `new` has anything later than `own`.
-fn has_news(own: &[Lanes], new: &[Lanes]) -> bool {
-    new.iter()
-        .enumerate()
-        .any(|(warp, new)| match own.get(warp) {
-            // Without a way out of the loop it is a few vector instructions.
-            Some(own) => own.iter().zip(new).fold(false, |any, (o, n)| any | (n > o)),
-            None => new.iter().any(|&n| n > 0),
-        })
-}
-
-fn join(mine: &mut Option<Arc<Knowledge>>, other: &Arc<Knowledge>) {
-    let Some(own) = mine else {
-        *mine = Some(other.clone());
-        return;
-    };
-    if Arc::ptr_eq(own, other) {
-        return;
-    }
-    let news = other.blocks.iter().any(|(block, theirs)| {
-        match own.blocks.binary_search_by_key(block, |b| b.0) {
-            Err(_) => true,
-            Ok(at) => {
-                let own = &own.blocks[at].1;
-                !Arc::ptr_eq(own, theirs) && has_news(own, theirs)
-            }
-        }
-    });
-    if !news {
-        return;
-    }
-    let own = Arc::make_mut(own);
-    for (block, warps) in &other.blocks {
-        own.add(*block, warps);
-    }
-}
-
-/// What a lane knows; None is nothing.
-type Known = Option<Arc<Knowledge>>;
-
-fn same(a: &Known, b: &Known) -> bool {
-    match (a, b) {
-        (None, None) => true,
-        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-        _ => false,
-    }
-}
-
-/// Lanes learn the same: those that knew the same before know the same afterwards.
-fn join_lanes(extra: &mut [Known; LANES], mask: u32, other: &Arc<Knowledge>) {
-    let mut last: Option<(Known, Known)> = None;
-    for lane in lanes(mask) {
-        match &last {
-            Some((before, after)) if same(before, &extra[lane]) => extra[lane].clone_from(after),
-            _ => {
-                let before = extra[lane].clone();
-                join(&mut extra[lane], other);
-                last = Some((before, extra[lane].clone()));
-            }
-        }
-    }
-}
-
-/// What a warp's lanes know.
-#[derive(Debug)]
-pub struct WarpClock {
-    /// Accesses made now have this time.
-    time: u32,
-    /// The lanes of `together` know of each other's accesses before `met`.
-    met: u32,
-    together: u32,
-    /// What lanes know of each other beyond that: `pairs[x][y]` is how far `x` knows of `y`.
-    pairs: Option<Box<[[u32; LANES]; LANES]>>,
-    /// How far all lanes know of the warps of their block.
-    known: [u32; LANES],
-    /// What single lanes know besides.
-    extra: [Option<Arc<Knowledge>>; LANES],
-    /// The last fence of each lane that publishes: its time and scope.
-    fences: [Option<(u32, Scope)>; LANES],
-    /// What strong reads found at flags, to be joined at the lane's next fence.
-    pending: Vec<(usize, Scope, Arc<Knowledge>)>,
-}
-
-impl Default for WarpClock {
-    fn default() -> Self {
-        Self {
-            time: 1,
-            met: 0,
-            together: 0,
-            pairs: None,
-            known: [0; LANES],
-            extra: [const { None }; LANES],
-            fences: [None; LANES],
-            pending: Vec::new(),
-        }
-    }
-}
-
-impl WarpClock {
-    /// How far lane `x` knows of lane `y` of its own warp.
-    fn of_lane(&self, x: usize, y: usize) -> u32 {
-        let met = if self.together >> x & self.together >> y & 1 != 0 {
-            self.met
-        } else {
-            0
-        };
-        self.pairs.as_ref().map_or(met, |p| met.max(p[x][y]))
-    }
-
-    fn advance(&mut self) -> u32 {
-        self.time += 1;
-        self.time
-    }
-
-    /// The lanes of `members` learn of each other's accesses so far, and of what each of them
-    /// knows.
-    fn meet(&mut self, members: u32) {
-        let time = self.advance();
-        if self.pairs.is_some() || (self.met != 0 && self.together != members) {
-            let mut pairs = self
-                .pairs
-                .take()
-                .unwrap_or_else(|| Box::new([[0; LANES]; LANES]));
-            for x in lanes(self.together) {
-                for y in lanes(self.together) {
-                    pairs[x][y] = pairs[x][y].max(self.met);
-                }
-            }
-            let mut joined = [0; LANES];
-            for x in lanes(members) {
-                for (joined, &known) in joined.iter_mut().zip(&pairs[x]) {
-                    *joined = known.max(*joined);
-                }
-            }
-            for x in lanes(members) {
-                pairs[x] = joined;
-            }
-            // With all lanes together the past is of no interest any more.
-            self.pairs = (members != FULL).then_some(pairs);
-        }
-        self.met = time;
-        self.together = members;
-        self.share(members);
-    }
-
-    /// The lanes of `members` learn what any of them learned through flags.
-    fn share(&mut self, members: u32) {
-        let Some(first) = lanes(members).find_map(|l| self.extra[l].clone()) else {
-            return;
-        };
-        let mut joined = Some(first);
-        for lane in lanes(members) {
-            if let Some(other) = &self.extra[lane] {
-                join(&mut joined, other);
-            }
-        }
-        for lane in lanes(members) {
-            if !same(&self.extra[lane], &joined) {
-                self.extra[lane].clone_from(&joined);
-            }
-        }
-    }
-
-    /// All that lane `x` could tell another, with its own accesses before `own`.
-    fn snapshot(&self, block: u64, warp: u32, x: usize, own: u32) -> Arc<Knowledge> {
-        let mut all = self.extra[x]
-            .as_ref()
-            .map_or_else(Knowledge::default, |extra| (**extra).clone());
-        let last = self.known.iter().rposition(|&known| known > 0);
-        let count = last.map_or(0, |last| last + 1).max(warp as usize + 1);
-        let mut warps: Vec<Lanes> = self.known[..count].iter().map(|&k| [k; LANES]).collect();
-        warps[warp as usize] =
-            std::array::from_fn(|y| if y == x { own } else { self.of_lane(x, y) });
-        all.add(block, &Arc::new(warps));
-        Arc::new(all)
-    }
-}
-
 /// What belongs to a block as a whole.
 #[derive(Debug, Default)]
-pub struct BlockClock {}
+pub struct BlockClock {
+    /// What it remembers of flags and fences.
+    pub notes: Notes,
+}
 
 /// What a launch knows of other work: set when it starts.
 #[derive(Debug, Clone, Default)]
@@ -380,9 +79,19 @@ pub struct LaunchClock {
 #[derive(Debug, Clone)]
 struct Access {
     place: Arc<Place>,
-    /// The scope of a strong access; None for a weak one.
-    strong: Option<Scope>,
+    order: Order,
+    scope: Scope,
+    /// Bytes of an element, and of the whole.
+    element: u32,
+    bytes: u32,
     non_coherent: bool,
+}
+
+impl Access {
+    /// The scope of a strong access; None for a weak one.
+    fn strong(&self) -> Option<Scope> {
+        (self.order != Order::Weak).then_some(self.scope)
+    }
 }
 
 /// Somebody who accesses memory: a block of a launch, or a piece of a stream's own work.
@@ -397,6 +106,8 @@ struct Actor {
 
 /// The number of the operation that stands for all the host does.
 const HOST_OP: u32 = 0;
+/// The host is on no device: only the system scope includes it.
+const NO_DEVICE: u32 = u32::MAX;
 
 /// The tables of the race checks.
 #[derive(Debug)]
@@ -409,13 +120,16 @@ pub struct Race {
     readers: readers::Readers,
     /// The host call in progress: its number among the actors, and what it knows.
     host: Option<(u64, LaunchClock)>,
+    fences: order::FenceOrder,
+    stale: Stale,
+    random: u64,
 }
 
 impl Race {
     /// Nobody has done anything.
-    pub fn new(on: bool) -> Self {
+    pub fn new(on: bool, stale: Stale, seed: u64) -> Self {
         let nobody = Actor {
-            device: 0,
+            device: NO_DEVICE,
             stream: 0,
             number: 0,
             block: None,
@@ -423,7 +137,10 @@ impl Race {
         // Copies and fills are seen word by word by whoever polls them.
         let host = Access {
             place: Arc::new(Place::default()),
-            strong: Some(Scope::Sys),
+            order: Order::Relaxed,
+            scope: Scope::Sys,
+            element: 0,
+            bytes: 0,
             non_coherent: false,
         };
         Self {
@@ -433,6 +150,28 @@ impl Race {
             accesses: FxHashMap::from_iter([(HOST_OP, host)]),
             readers: readers::Readers::default(),
             host: None,
+            fences: order::FenceOrder::default(),
+            stale,
+            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5eed_0f01_d5a1_0e5d | 1,
+        }
+    }
+
+    /// xorshift64*: which of several values a load returns.
+    fn random(&mut self) -> u64 {
+        self.random ^= self.random >> 12;
+        self.random ^= self.random << 25;
+        self.random ^= self.random >> 27;
+        self.random.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// Whether a scope reaches from a thread of one block to one of another, and back.
+    fn includes(&self, scope: Scope, one: u64, other: u64) -> bool {
+        let device = |block: u64| self.actors[block as usize].device;
+        match scope {
+            _ if one == other => true,
+            Scope::Cta | Scope::Cluster => false,
+            Scope::Gpu => device(one) == device(other) && device(one) != NO_DEVICE,
+            Scope::Sys => true,
         }
     }
 
@@ -448,10 +187,12 @@ impl Race {
         let all = self.latest.iter().all(|(&s, &n)| clock.of(s) >= n);
         let number = clock.of(stream) + 1;
         self.latest.insert(stream, number);
+        let mut clock = clock.clone();
+        clock.known.prune(self);
         LaunchClock {
             stream,
             number,
-            clock: clock.clone(),
+            clock,
             floor: if all { next } else { 0 },
             first: next,
         }
@@ -461,12 +202,22 @@ impl Race {
     pub fn start_host(&mut self, stream: u32, clock: &StreamClock) {
         let clock = self.start(stream, clock);
         self.actors.push(Actor {
-            device: 0,
+            device: NO_DEVICE,
             stream,
             number: clock.number,
             block: None,
         });
         self.host = Some((self.actors.len() as u64 - 1, clock));
+    }
+
+    /// The piece of work in progress wrote a flag.
+    pub fn stream_wrote(&self, flags: &mut Flags, offset: u32, value: &[u8]) {
+        if let Some((actor, launch)) = &self.host
+            && self.on
+        {
+            let by = Epoch::new(*actor, 0, 0, 1);
+            flags.stream_wrote(launch, by, offset, value);
+        }
     }
 
     /// Whether the host's accesses are nobody's in particular.
@@ -490,26 +241,42 @@ impl Race {
         self.actors.len() as u64 - 1
     }
 
+    /// A block has ended.
+    pub fn end_block(&mut self, block: u64) {
+        self.fences.end_block(block);
+    }
+
     /// Makes an operation known.
     #[inline(always)]
-    pub fn note(
-        &mut self,
-        id: u32,
-        place: &Arc<Place>,
-        order: Order,
-        scope: Scope,
-        non_coherent: bool,
-    ) {
+    pub fn note(&mut self, id: u32, place: &Arc<Place>, access: &memory::Access) {
         self.accesses.entry(id).or_insert_with(|| Access {
             place: place.clone(),
-            strong: (order != Order::Weak).then_some(scope),
-            non_coherent,
+            order: access.order,
+            scope: access.scope,
+            element: access.element,
+            bytes: access.bytes,
+            non_coherent: access.non_coherent,
+        });
+    }
+
+    /// Makes a fence known.
+    pub fn note_fence(&mut self, id: u32, place: &Arc<Place>, order: Order, scope: Scope) {
+        self.accesses.entry(id).or_insert_with(|| Access {
+            place: place.clone(),
+            order,
+            scope,
+            element: 0,
+            bytes: 0,
+            non_coherent: false,
         });
     }
 
     /// Whether two operations' accesses are of the same kind.
     fn same_kind(&self, one: u32, other: u32) -> bool {
-        let kind = |op| self.accesses.get(&op).map(|a| (a.strong, a.non_coherent));
+        let kind = |op| {
+            let access = self.accesses.get(&op);
+            access.map(|a| (a.strong(), a.element, a.non_coherent))
+        };
         kind(one) == kind(other)
     }
 
@@ -538,8 +305,14 @@ impl Race {
         clock.clock.of(actor.stream) >= actor.number
     }
 
+    /// Whether what came through flags tells of an access.
+    fn knows_through(&self, known: &Knowledge, epoch: Epoch) -> bool {
+        let actor = &self.actors[epoch.block() as usize];
+        known.knows(epoch) || (known.of_stream(actor.stream) >= actor.number && actor.number > 0)
+    }
+
     /// What is missing between two accesses, in words.
-    pub fn missing(&self, one: Epoch, other: Epoch) -> &'static str {
+    fn missing(&self, one: Epoch, other: Epoch) -> &'static str {
         let (a, b) = (
             &self.actors[one.block() as usize],
             &self.actors[other.block() as usize],
@@ -550,7 +323,7 @@ impl Race {
             } else {
                 "warps of one block: a barrier such as __syncthreads() would order them"
             }
-        } else if a.device != b.device {
+        } else if a.device != b.device && a.block.is_some() && b.block.is_some() {
             "threads of different devices: a release and an acquire at system scope would order \
              them"
         } else if (a.stream, a.number) == (b.stream, b.number) {
@@ -564,186 +337,4 @@ impl Race {
 /// A block becomes resident.
 pub fn start_block(race: &mut Race, launch: &Launch, block: &mut Block) {
     block.uid = race.start_block(launch, block.index);
-}
-
-/// The lanes of `members` met in an operation that orders memory between them.
-pub fn warp_sync(warp: &mut Warp, members: u32) {
-    warp.clock.meet(members);
-}
-
-/// A barrier completed: of each warp, the lanes that arrived (their accesses are published) and
-/// those that waited (they learn of what was published).
-pub fn barrier(block: u64, warps: &mut [Warp], arrived: &[u32], waited: &[u32]) {
-    let mut known = [0u32; LANES];
-    let mut extra: Option<Arc<Knowledge>> = None;
-    let mut partial: Vec<Lanes> = Vec::new();
-    for (w, warp) in warps.iter_mut().enumerate() {
-        if arrived[w] == 0 {
-            continue;
-        }
-        // What the lanes of a warp know of each other goes along with what they did.
-        warp.clock.meet(arrived[w] | (warp.existing & !warp.live));
-        let time = warp.clock.time;
-        for (known, &other) in known.iter_mut().zip(&warp.clock.known) {
-            *known = other.max(*known);
-        }
-        if arrived[w] & warp.live == warp.live {
-            known[w] = known[w].max(time);
-        } else {
-            let times = std::array::from_fn(|l| if arrived[w] >> l & 1 != 0 { time } else { 0 });
-            partial.resize(w + 1, [0; LANES]);
-            partial[w] = times;
-        }
-        if let Some(lane) = lanes(arrived[w]).next()
-            && let Some(other) = &warp.clock.extra[lane]
-        {
-            join(&mut extra, other);
-        }
-    }
-    if !partial.is_empty() {
-        join(&mut extra, &Arc::new(Knowledge::of_block(block, partial)));
-    }
-    for (w, warp) in warps.iter_mut().enumerate() {
-        if waited[w] == 0 {
-            continue;
-        }
-        let mut extra = extra.clone();
-        if waited[w] & warp.live == warp.live {
-            for (own, &new) in warp.clock.known.iter_mut().zip(&known) {
-                *own = new.max(*own);
-            }
-        } else {
-            let lent = known.iter().map(|&time| [time; LANES]).collect();
-            join(&mut extra, &Arc::new(Knowledge::of_block(block, lent)));
-        }
-        if let Some(extra) = extra {
-            join_lanes(&mut warp.clock.extra, waited[w], &extra);
-        }
-    }
-}
-
-/// A fence by the lanes of a mask.
-pub fn fence(block: u64, warp: &mut Warp, mask: u32, order: Order, scope: Scope) {
-    let clock = &mut warp.clock;
-    if matches!(order, Order::Acquire | Order::AcqRel | Order::SeqCst) {
-        let mut left = Vec::new();
-        for (lane, written, knowledge) in std::mem::take(&mut clock.pending) {
-            if mask >> lane & 1 == 0 {
-                left.push((lane, written, knowledge));
-            } else if includes(scope, &knowledge, block) && includes(written, &knowledge, block) {
-                join(&mut clock.extra[lane], &knowledge);
-            }
-        }
-        clock.pending = left;
-    }
-    if matches!(order, Order::Release | Order::AcqRel | Order::SeqCst) {
-        let time = clock.advance();
-        for lane in lanes(mask) {
-            clock.fences[lane] = Some((time, scope));
-        }
-    }
-}
-
-/// Whether a scope reaches from a block to those whose knowledge came along. Knowledge within
-/// the block is of use at any scope.
-fn includes(scope: Scope, knowledge: &Knowledge, block: u64) -> bool {
-    scope > Scope::Cluster || knowledge.is_of(block)
-}
-
-/// What a release left at a flag.
-#[derive(Debug, Clone)]
-pub struct Released {
-    knowledge: Arc<Knowledge>,
-    scope: Scope,
-    bytes: u32,
-}
-
-/// Flags: what releases left at the words they wrote, by offset.
-pub type Flags = FxHashMap<u32, Released>;
-
-/// A strong access to a flag.
-#[derive(Debug, Clone, Copy)]
-pub struct FlagAccess {
-    /// Where the flag is.
-    pub offset: u32,
-    /// Its size.
-    pub bytes: u32,
-    /// See [`Order`].
-    pub order: Order,
-    /// See [`Scope`].
-    pub scope: Scope,
-    /// A load or a read-modify-write.
-    pub reads: bool,
-    /// A store or a read-modify-write.
-    pub writes: bool,
-    /// Its own race check failed.
-    pub raced: bool,
-}
-
-/// A strong access of one lane to a flag, after its race check.
-pub fn flag(flags: &mut Flags, agent: &mut Agent, access: FlagAccess) {
-    let FlagAccess {
-        offset,
-        bytes,
-        order,
-        scope,
-        reads,
-        writes,
-        raced,
-    } = access;
-    let lane = agent.lane;
-    let nothing = flags.is_empty();
-    let found = match flags.get(&offset) {
-        Some(flag) if reads && flag.bytes == bytes => Some(flag.clone()),
-        _ => None,
-    };
-    if let Some(found) = &found {
-        let reach = scope.min(found.scope);
-        let clock = &mut agent.clock;
-        // A flag whose own accesses race is reported as that; what it guards is a consequence.
-        if raced || includes(reach, &found.knowledge, agent.block) {
-            if matches!(order, Order::Acquire | Order::AcqRel | Order::SeqCst) {
-                join(&mut clock.extra[lane], &found.knowledge);
-            } else {
-                clock
-                    .pending
-                    .retain(|(l, _, k)| *l != lane || !Arc::ptr_eq(k, &found.knowledge));
-                clock.pending.push((lane, reach, found.knowledge.clone()));
-            }
-        }
-    }
-    if !writes {
-        return;
-    }
-    let clock = &mut agent.clock;
-    let own = if matches!(order, Order::Release | Order::AcqRel | Order::SeqCst) {
-        let time = clock.advance();
-        Some((time, scope))
-    } else {
-        clock.fences[lane].map(|(time, fence)| (time, fence.min(scope)))
-    };
-    let own = own.map(|(time, scope)| Released {
-        knowledge: agent.clock.snapshot(agent.block, agent.warp, lane, time),
-        scope,
-        bytes,
-    });
-    // A read-modify-write hands on what it found: the release sequence goes through it.
-    let left = match (own, found) {
-        (Some(mut own), Some(found)) => {
-            let mut both = Some(own.knowledge);
-            join(&mut both, &found.knowledge);
-            if let Some(both) = both {
-                own.knowledge = both;
-                own.scope = own.scope.min(found.scope);
-                flags.insert(offset, own);
-            }
-            return;
-        }
-        (own, found) => own.or(found),
-    };
-    match left {
-        Some(left) => flags.insert(offset, left),
-        None if nothing => None,
-        None => flags.remove(&offset),
-    };
 }

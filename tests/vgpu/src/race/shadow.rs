@@ -315,8 +315,8 @@ impl Shadow {
             lane: 0,
             clock: &mut clock,
             launch: &launch,
-            device: race.actors[actor as usize].device,
             op: HOST_OP,
+            element: 0,
             strong: Some(Scope::Sys),
             non_coherent: false,
         };

@@ -1,0 +1,433 @@
+//! Old values: the last writes to each word that strong accesses touch, in coherence order, and
+//! which of them a strong read may return.
+
+use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
+
+use super::agent::Agent;
+use super::clock::Epoch;
+use super::order::{self, Release};
+use super::words::{Note, Notes};
+use super::{HOST_OP, LaunchClock, Race};
+use crate::finding::Reason;
+use crate::memory::{Order, Scope};
+
+/// Writes kept of one word.
+const MOST_WRITES: usize = 8;
+/// Readers kept of one write; with more, everybody counts as having seen it.
+const MOST_READERS: usize = 16;
+/// Reads of a word, by anyone, that may return an old value after its last write: whoever spins
+/// must see it in the end.
+const MOST_STALE: u32 = 64;
+
+/// Which of the values that a strong load may return it does return.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Stale {
+    /// Always the newest.
+    Newest,
+    /// Mostly the newest, else any, by the seed.
+    #[default]
+    Random,
+    /// The oldest there is: the adversary.
+    Oldest,
+}
+
+impl Stale {
+    /// By the name used in `VGPU_STALE`.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "newest" => Self::Newest,
+            "random" => Self::Random,
+            "oldest" => Self::Oldest,
+            _ => return None,
+        })
+    }
+}
+
+/// A write to a word.
+#[derive(Debug)]
+struct Write {
+    value: u64,
+    by: Epoch,
+    op: u32,
+    /// The scope of a strong write.
+    scope: Option<Scope>,
+    /// Everybody knows of it, or nobody does but by reading it (the host's own stores).
+    known: Known,
+    /// The release patterns that it ends, or hands on.
+    releases: Vec<Arc<Release>>,
+    /// Why it releases nothing, and a fence that should have been here.
+    flaw: Option<(Reason, u32)>,
+    /// Who read it: a warp at a time.
+    seen: Vec<(Epoch, u32)>,
+    seen_by_all: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    ToAll,
+    ByEpoch,
+    ToNobody,
+}
+
+impl Write {
+    /// What was there before, or what somebody wrote that the checks were not told of.
+    fn anonymous(value: u64, known: Known) -> Self {
+        Self {
+            value,
+            by: Epoch(0),
+            op: HOST_OP,
+            scope: Some(Scope::Sys),
+            known,
+            releases: Vec::new(),
+            flaw: None,
+            seen: Vec::new(),
+            seen_by_all: false,
+        }
+    }
+
+    /// Whether happens-before hides all older writes from the lane: it knows of this one, or of
+    /// a read of it.
+    fn hides(&self, race: &Race, agent: &Agent) -> bool {
+        let known = match self.known {
+            Known::ToAll => true,
+            Known::ByEpoch => agent.knows_fenced(race, self.by),
+            Known::ToNobody => false,
+        };
+        known
+            || self.seen_by_all
+            || self.seen.iter().any(|&(warp, mask)| {
+                crate::registers::lanes(mask)
+                    .any(|lane| agent.knows_fenced(race, warp.with_lane(lane)))
+            })
+    }
+
+    fn seen_by(&mut self, reader: Epoch) {
+        let warp = Epoch::new(reader.block(), reader.warp(), 0, reader.time());
+        let lane = 1 << reader.lane();
+        if let Some(seen) = self.seen.iter_mut().find(|s| s.0 == warp) {
+            seen.1 |= lane;
+        } else if self.seen.len() < MOST_READERS {
+            self.seen.push((warp, lane));
+        } else {
+            self.seen_by_all = true;
+            self.seen.clear();
+        }
+    }
+}
+
+/// The writes to one scalar, from the oldest.
+#[derive(Debug)]
+struct History {
+    /// Where in its word it begins, and its bytes.
+    at: u8,
+    bytes: u8,
+    stale: u32,
+    writes: Vec<Write>,
+}
+
+/// The histories of a stretch of memory, by word.
+#[derive(Debug, Default)]
+pub struct Flags {
+    words: FxHashMap<u32, History>,
+}
+
+/// A strong access of one lane to a scalar.
+#[derive(Debug, Clone, Copy)]
+pub struct FlagAccess {
+    /// Where it is in its stretch of memory.
+    pub offset: u32,
+    /// Where it is for others.
+    pub address: u64,
+    /// Its size.
+    pub bytes: u32,
+    /// See [`Order`].
+    pub order: Order,
+    /// See [`Scope`].
+    pub scope: Scope,
+    /// What is in memory; None if nobody wrote it.
+    pub old: Option<u64>,
+    /// A load or a read-modify-write.
+    pub reads: bool,
+    /// A read-modify-write, though a compare-and-swap may fail.
+    pub modifies: bool,
+    /// What a store or a read-modify-write puts there.
+    pub new: Option<u64>,
+    /// Its own race check failed.
+    pub raced: bool,
+}
+
+impl Flags {
+    /// Whether no word has a history.
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.words.is_empty()
+    }
+
+    /// Forgets the histories that an access of this place and size touches in part only: it is
+    /// not morally strong with theirs, and sees what is in memory.
+    fn drop_others(&mut self, offset: u32, bytes: u32) {
+        let word = offset / 4;
+        if bytes == 8 {
+            self.words.remove(&(word + 1));
+        } else if word % 2 == 1 && self.words.get(&(word - 1)).is_some_and(|h| h.bytes == 8) {
+            self.words.remove(&(word - 1));
+        }
+        let same = |h: &History| (u32::from(h.at), u32::from(h.bytes)) == (offset % 4, bytes);
+        if self.words.get(&word).is_some_and(|h| !same(h)) {
+            self.words.remove(&word);
+        }
+    }
+
+    /// Somebody wrote these bytes weakly, or in a way that orders everything: no older value
+    /// can be read without a race.
+    pub fn forget(&mut self, from: u32, to: u32) {
+        let first = from / 4;
+        let last = to.div_ceil(4);
+        let before = first.wrapping_sub(1);
+        if first % 2 == 1 && self.words.get(&before).is_some_and(|h| h.bytes == 8) {
+            self.words.remove(&before);
+        }
+        if ((last - first) as usize) <= self.words.len() {
+            for word in first..last {
+                self.words.remove(&word);
+            }
+        } else {
+            self.words.retain(|word, _| !(first..last).contains(word));
+        }
+    }
+
+    /// A stream wrote these bytes in its order: a flag that releases all before it in the stream.
+    pub fn stream_wrote(&mut self, launch: &LaunchClock, by: Epoch, offset: u32, value: &[u8]) {
+        let bytes = value.len();
+        self.forget(offset, offset + bytes as u32);
+        if !matches!(bytes, 4 | 8) || !(offset as usize).is_multiple_of(bytes) {
+            return;
+        }
+        let mut all = [0; 8];
+        all[..bytes].copy_from_slice(value);
+        let write = Write {
+            by,
+            known: Known::ByEpoch,
+            releases: vec![Arc::new(Release::of_stream(launch, by))],
+            ..Write::anonymous(u64::from_le_bytes(all), Known::ByEpoch)
+        };
+        let history = History {
+            at: 0,
+            bytes: bytes as u8,
+            stale: 0,
+            writes: vec![write],
+        };
+        self.words.insert(offset / 4, history);
+    }
+
+    /// A strong access of one lane, after its race check and before memory changes. If a load
+    /// gets an older value than memory holds, that.
+    pub fn access(
+        &mut self,
+        race: &mut Race,
+        agent: &mut Agent,
+        notes: &mut Notes,
+        access: FlagAccess,
+    ) -> Option<u64> {
+        notes.strong |= 1 << agent.warp;
+        let FlagAccess { offset, bytes, .. } = access;
+        let word = offset / 4;
+        if !self.words.is_empty() {
+            self.drop_others(offset, bytes);
+        }
+        let Some(history) = self.words.get_mut(&word) else {
+            self.begin(race, agent, notes, &access);
+            return None;
+        };
+        // Memory of the host changes without a word.
+        let last = history.writes.last().map(|w| w.value);
+        if access.old != last
+            && let Some(value) = access.old
+        {
+            history.push(Write::anonymous(value, Known::ToNobody));
+        }
+        let newest = history.writes.len() - 1;
+        let mut taken = newest;
+        if access.reads {
+            // A read-modify-write reads what it comes next to.
+            if !access.modifies && !access.raced {
+                taken = history.choose(race, agent);
+            }
+            history.observe(race, agent, notes, taken, &access);
+        }
+        if let Some(value) = access.new {
+            let write = history.write(race, agent, notes, value, &access);
+            history.push(write);
+        }
+        (taken != newest).then(|| history.writes[taken].value)
+    }
+
+    /// The first strong write to a word: what was there before is its oldest value.
+    fn begin(&mut self, race: &Race, agent: &mut Agent, notes: &mut Notes, access: &FlagAccess) {
+        let Some(value) = access.new else { return };
+        let mut history = History {
+            at: (access.offset % 4) as u8,
+            bytes: access.bytes as u8,
+            stale: 0,
+            writes: Vec::with_capacity(2),
+        };
+        if let Some(old) = access.old {
+            history.writes.push(Write::anonymous(old, Known::ToAll));
+        }
+        let write = history.write(race, agent, notes, value, access);
+        history.push(write);
+        self.words.insert(access.offset / 4, history);
+    }
+}
+
+impl History {
+    fn push(&mut self, write: Write) {
+        if self.writes.len() == MOST_WRITES {
+            self.writes.remove(0);
+        }
+        self.writes.push(write);
+        self.stale = 0;
+    }
+
+    /// The write that a load of the lane reads.
+    fn choose(&mut self, race: &mut Race, agent: &Agent) -> usize {
+        let newest = self.writes.len() - 1;
+        if race.stale == Stale::Newest || self.stale >= MOST_STALE {
+            return newest;
+        }
+        let oldest = (0..=newest)
+            .rev()
+            .find(|&i| self.writes[i].hides(race, agent))
+            .unwrap_or(0);
+        if oldest == newest {
+            return newest;
+        }
+        let taken = match race.stale {
+            Stale::Newest => newest,
+            Stale::Oldest => oldest,
+            Stale::Random => {
+                let random = race.random();
+                if random & 1 == 0 {
+                    newest
+                } else {
+                    oldest + (random >> 32) as usize % (newest - oldest + 1)
+                }
+            }
+        };
+        self.stale += u32::from(taken != newest);
+        taken
+    }
+
+    /// A strong read takes its value from a write.
+    fn observe(
+        &mut self,
+        race: &Race,
+        agent: &mut Agent,
+        notes: &mut Notes,
+        taken: usize,
+        access: &FlagAccess,
+    ) {
+        let reader = agent.epoch();
+        let acquires = matches!(access.order, Order::Acquire | Order::AcqRel | Order::SeqCst);
+        // An acquire also takes what relaxed reads of the same flag by its thread found before
+        // (PTX ISA, the second acquire pattern).
+        let first = if acquires { 0 } else { taken };
+        for i in first..=taken {
+            let write = &self.writes[i];
+            let own = |&(warp, mask): &(Epoch, u32)| {
+                (warp.block(), warp.warp()) == (reader.block(), reader.warp())
+                    && mask >> reader.lane() & 1 != 0
+            };
+            if i != taken && !write.seen.iter().any(own) {
+                continue;
+            }
+            let reaches = write.scope.is_some_and(|s| {
+                race.includes(s.min(access.scope), write.by.block(), reader.block())
+            });
+            if !reaches && !access.raced {
+                continue;
+            }
+            let note = Note::new(access.address, (write.by, write.op), (reader, agent.op));
+            if write.releases.is_empty() {
+                if let Some((reason, op)) = write.flaw
+                    && write.by.thread() != reader.thread()
+                {
+                    notes.add(note.because(reason, op));
+                }
+                continue;
+            }
+            order::observe(race, agent.clock, notes, access, &write.releases, note);
+        }
+        let write = &mut self.writes[taken];
+        let own = write.known == Known::ByEpoch && write.by.thread() == reader.thread();
+        if access.new.is_none() && !own && write.known != Known::ToAll {
+            write.seen_by(reader);
+        }
+    }
+
+    /// The write that a store or read-modify-write adds.
+    fn write(
+        &self,
+        race: &Race,
+        agent: &mut Agent,
+        notes: &Notes,
+        value: u64,
+        access: &FlagAccess,
+    ) -> Write {
+        let by = agent.epoch();
+        let mut releases = order::releases(
+            race,
+            agent.launch,
+            agent.clock,
+            by,
+            agent.op,
+            access.order,
+            access.scope,
+        );
+        let mut flaw = None;
+        if releases.is_empty() {
+            flaw = Some(match notes.fence_elsewhere(agent.warp, agent.lane) {
+                Some(fence) => (Reason::FenceElsewhere, fence),
+                None => (Reason::FlagRelaxed, agent.op),
+            });
+        }
+        // A release at this flag by the same thread goes on through its later writes (PTX ISA,
+        // the second release pattern).
+        let own = self
+            .writes
+            .iter()
+            .rev()
+            .find(|w| w.by.thread() == by.thread());
+        if let Some(own) = own {
+            let again = own.releases.iter().filter(|r| {
+                r.by.thread() == by.thread() && !releases.iter().any(|n| n.scope >= r.scope)
+            });
+            let again: Vec<_> = again.cloned().collect();
+            releases.extend(again);
+        }
+        // A read-modify-write hands on what it found, if the two are morally strong.
+        if access.reads
+            && let Some(before) = self.writes.last()
+        {
+            let reaches = before
+                .scope
+                .is_some_and(|s| race.includes(s.min(access.scope), before.by.block(), by.block()));
+            if reaches || access.raced {
+                order::hand_on(race, &mut releases, &before.releases);
+            }
+        }
+        Write {
+            value,
+            by,
+            op: agent.op,
+            scope: Some(access.scope),
+            known: Known::ByEpoch,
+            releases,
+            flaw,
+            seen: Vec::new(),
+            seen_by_all: false,
+        }
+    }
+}
