@@ -38,6 +38,7 @@ use crate::loader::Loaded;
 use crate::machine::{Command, Config, EventId, Machine, Progress, StreamId};
 use crate::memory::MAX_DEVICES;
 use crate::program::Kernel;
+use crate::race::Stale;
 
 /// A handle of the API: a pointer in C.
 pub(crate) type Handle = u64;

@@ -774,6 +774,7 @@ impl Machine {
             stream.finished += 1;
             stream.clock.join(&grid.clock);
             stream.clock.tick(grid.stream.0);
+            stream.clock.prune(&self.world.memory.race);
         }
     }
 

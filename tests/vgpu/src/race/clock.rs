@@ -208,6 +208,11 @@ impl StreamClock {
         }
     }
 
+    /// Forgets what is known otherwise.
+    pub fn prune(&mut self, race: &Race) {
+        self.known.prune(race);
+    }
+
     pub(super) fn of(&self, stream: u32) -> u64 {
         self.known.of_stream(stream)
     }
