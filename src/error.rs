@@ -6,6 +6,7 @@
 use std::fmt;
 use std::path::Path;
 
+use crate::backend::DriverError;
 use crate::comm::CommError;
 use crate::llama::sampling::SamplingError;
 
@@ -38,6 +39,9 @@ pub enum Error {
     /// Ranks that lost each other.
     #[error(transparent)]
     Comm(#[from] CommError),
+    /// A call of the CUDA driver that failed.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
     /// Logits that no token can be chosen from.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
@@ -88,7 +92,7 @@ impl Error {
     pub fn is_input(&self) -> bool {
         !matches!(
             self,
-            Self::Comm(_) | Self::OutOfMemory(_) | Self::Sampling(_)
+            Self::Comm(_) | Self::Driver(_) | Self::OutOfMemory(_) | Self::Sampling(_)
         )
     }
 }

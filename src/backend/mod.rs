@@ -15,6 +15,11 @@
 //! Shapes are `[rows, cols]`; rows of activations are tokens.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub(crate) mod driver_error;
+
+pub use driver_error::DriverError;
 
 use crate::dtype::DType;
 use crate::error::Result;

@@ -1,0 +1,26 @@
+//! The Rust side of `cuda/abi.h`: the structs that kernels take, and limits, made by bindgen.
+
+#[allow(
+    clippy::all,
+    dead_code,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    unreachable_pub,
+    reason = "made by bindgen"
+)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/abi.rs"));
+}
+pub use generated::*;
+
+/// A struct that a kernel takes as its one parameter.
+///
+/// # Safety
+/// The type is `#[repr(C)]`, and the kernels it is launched with take this struct of
+/// `cuda/abi.h`.
+pub unsafe trait KernelParams: Copy {}
+
+// SAFETY: made from cuda/abi.h; taken by the kernels of cuda/norm.cu.
+unsafe impl KernelParams for NormParams {}

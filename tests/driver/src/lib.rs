@@ -1,0 +1,194 @@
+//! Puts a CUDA driver under the tests of the feature `cuda`.
+//!
+//! **The virtual GPU, always.** Depending on this crate makes cargo build `tests/vgpu` and start
+//! tests with it as their `libcuda.so.1` (`build.rs` says how); `.cargo/config.toml` gives it eight
+//! devices. A test takes the driver with [`take`], which checks when it is dropped that no
+//! finding is left; one that provokes findings takes them with [`Taken::findings`].
+//!
+//! **A real driver as well, where there is one.** Every test file has
+//! `test_driver::also_on_a_real_driver!()`: a test that starts the file's other tests again
+//! without the virtual GPU on their library path, and says SKIPPED and why where no driver is
+//! installed. `RINGTP_DRIVER` chooses: `vgpu`, `real`, or `both`, which makes a missing driver an
+//! error; unset is `vgpu`, plus `real` where present.
+//!
+//! What a machine lacks is never left out in silence: [`Taken::has_devices`] prints SKIPPED.
+
+#![cfg(all(feature = "vgpu", target_os = "linux"))]
+
+use std::ffi::{CStr, c_char, c_void};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Set for the tests that run on the real driver.
+const REAL: &str = "RINGTP_TEST_ON_REAL_DRIVER";
+
+type TakeFindings = unsafe extern "C" fn(*mut c_char, usize, *mut usize) -> u32;
+
+/// A function that the loaded driver has only if it is the virtual one.
+fn take_findings() -> Option<TakeFindings> {
+    let name = c"vgpuTakeFindings";
+    // SAFETY: the name ends in zero.
+    let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    // SAFETY: the virtual GPU exports this name with this type.
+    (!address.is_null())
+        .then(|| unsafe { std::mem::transmute::<*mut c_void, TakeFindings>(address) })
+}
+
+/// Whether the driver of this process is the virtual one.
+pub fn is_virtual() -> bool {
+    take_findings().is_some()
+}
+
+/// What the virtual GPU found since the last time, one a line; nothing on a real driver.
+fn findings() -> Vec<String> {
+    let Some(take) = take_findings() else {
+        return Vec::new();
+    };
+    let mut text: Vec<u8> = vec![0; 1 << 20];
+    let mut length = 0;
+    // SAFETY: writes at most that many bytes, and one number.
+    let code = unsafe { take(text.as_mut_ptr().cast(), text.len(), &mut length) };
+    assert_eq!(code, 0, "vgpuTakeFindings");
+    let text = CStr::from_bytes_until_nul(&text).map_or_else(
+        |_| String::from_utf8_lossy(&text).into_owned(),
+        |text| text.to_string_lossy().into_owned(),
+    );
+    text.lines().map(String::from).collect()
+}
+
+static DRIVER: Mutex<()> = Mutex::new(());
+
+/// The driver, for one test at a time: findings belong to the process.
+#[derive(Debug)]
+pub struct Taken {
+    _guard: MutexGuard<'static, ()>,
+}
+
+/// Takes the driver, or `None` (SKIPPED is printed) where `RINGTP_DRIVER=real` leaves the virtual
+/// one out.
+pub fn take() -> Option<Taken> {
+    if is_virtual() && choice() == Choice::Real {
+        println!("SKIPPED: on the virtual GPU, since RINGTP_DRIVER=real");
+        return None;
+    }
+    let guard = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
+    // What a test that failed has left is not this one's.
+    let _ = findings();
+    Some(Taken { _guard: guard })
+}
+
+impl Taken {
+    /// What the virtual GPU found since the last time; nothing on a real driver.
+    pub fn findings(&self) -> Vec<String> {
+        findings()
+    }
+
+    /// Whether the driver has `wanted` devices, given how many there are; prints SKIPPED if not.
+    pub fn has_devices(&self, wanted: usize, there: usize) -> bool {
+        if there < wanted {
+            assert!(
+                !is_virtual(),
+                "VGPU_DEVICES: this test needs {wanted} devices, found {there}; unset it"
+            );
+            println!("SKIPPED: needs {wanted} devices, this driver has {there}");
+        }
+        there >= wanted
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let left = findings();
+        if !left.is_empty() && !std::thread::panicking() {
+            panic!("the virtual GPU found:\n{}", left.join("\n"));
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Choice {
+    /// The virtual one, and a real one where present.
+    Default,
+    Vgpu,
+    Real,
+    Both,
+}
+
+fn choice() -> Choice {
+    match std::env::var("RINGTP_DRIVER").as_deref() {
+        Err(_) | Ok("") => Choice::Default,
+        Ok("vgpu") => Choice::Vgpu,
+        Ok("real") => Choice::Real,
+        Ok("both") => Choice::Both,
+        Ok(other) => panic!("RINGTP_DRIVER: expected vgpu, real or both, found {other}"),
+    }
+}
+
+/// Where this machine's own driver is.
+fn real_driver() -> Option<PathBuf> {
+    let own = PathBuf::from(env!("TEST_DRIVER_DIR"));
+    let listed = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let usual = [
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/aarch64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+        "/usr/local/cuda/compat",
+        "/usr/lib/wsl/lib",
+        "/run/opengl-driver/lib",
+    ];
+    std::env::split_paths(&listed)
+        .filter(|directory| *directory != own)
+        .chain(usual.map(PathBuf::from))
+        .map(|directory| directory.join("libcuda.so.1"))
+        .find(|file| file.exists())
+}
+
+/// Runs the other tests of this file on the real driver; the body of
+/// [`also_on_a_real_driver!`].
+pub fn run_again_on_a_real_driver(this: &str) {
+    if std::env::var_os(REAL).is_some() {
+        return;
+    }
+    let driver = match (choice(), real_driver()) {
+        (Choice::Vgpu, _) => {
+            println!("SKIPPED: on a real driver, since RINGTP_DRIVER=vgpu");
+            return;
+        }
+        (Choice::Default, None) => {
+            println!("SKIPPED: on a real driver: no libcuda.so.1 is installed");
+            return;
+        }
+        (Choice::Real | Choice::Both, None) => {
+            panic!("RINGTP_DRIVER asks for a real driver and no libcuda.so.1 is installed")
+        }
+        (_, Some(driver)) => driver,
+    };
+    let own = PathBuf::from(env!("TEST_DRIVER_DIR"));
+    let listed = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let mut paths: Vec<PathBuf> = std::env::split_paths(&listed).collect();
+    paths.retain(|directory| *directory != own);
+    paths.extend(driver.parent().map(PathBuf::from));
+    let paths = std::env::join_paths(paths).expect("paths without colons");
+    let program = std::env::current_exe().expect("a running program has a path");
+    println!("again on {}", driver.display());
+    let status = Command::new(program)
+        .args(["--skip", this, "--test-threads=1", "--nocapture"])
+        .env("LD_LIBRARY_PATH", paths)
+        .env(REAL, "1")
+        .status()
+        .expect("the tests start again");
+    assert!(status.success(), "on the real driver: {status}");
+}
+
+/// A test that runs the file's other tests on this machine's own driver, where there is one.
+#[macro_export]
+macro_rules! also_on_a_real_driver {
+    () => {
+        #[test]
+        fn also_on_a_real_driver() {
+            ::test_driver::run_again_on_a_real_driver("also_on_a_real_driver");
+        }
+    };
+}
