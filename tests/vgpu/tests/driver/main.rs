@@ -1,0 +1,12 @@
+//! The driver API as programs see it: the library loaded as `libcuda.so.1`, each test in a
+//! process of its own.
+
+mod capture;
+mod cuda;
+mod faults;
+mod graphs;
+mod handles;
+mod memory;
+mod modules;
+mod programs;
+mod symbols;
