@@ -168,7 +168,10 @@ fn pitched_rows_arrive_where_they_belong() {
         cu!(cuda, cuMemcpy2D_v2(&copy));
         let mut all = vec![9u8; 8 * pitch as usize];
         for (y, row) in all.chunks_mut(pitch as usize).enumerate() {
-            cu!(cuda, cuMemcpyDtoH_v2(&mut *row, at + y as u64 * pitch, 100u64));
+            cu!(
+                cuda,
+                cuMemcpyDtoH_v2(&mut *row, at + y as u64 * pitch, 100u64)
+            );
             for (x, &byte) in row[..100].iter().enumerate() {
                 let inside = (1..4).contains(&y) && (2..7).contains(&x);
                 let expected = if inside {
