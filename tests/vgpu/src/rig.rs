@@ -90,7 +90,7 @@ impl Rig {
             match self.machine.step() {
                 Progress::Advanced => {}
                 Progress::Idle => break,
-                Progress::Stuck => self.machine.declare_deadlock(),
+                Progress::Stuck => self.machine.declare_deadlock(&[]),
                 Progress::HostFunction(stream, function) => {
                     function();
                     self.machine.host_function_done(stream);

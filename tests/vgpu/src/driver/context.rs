@@ -7,7 +7,7 @@ use super::{CONTEXT, CURRENT, Context, Driver, Handle, api, wait_for};
 
 impl Driver {
     pub(super) fn create_context(&mut self, device: u32, flags: u32, primary: bool) -> Handle {
-        let handle = self.handle(CONTEXT);
+        let handle = self.handle_on(CONTEXT, device);
         let context = Context {
             device,
             primary,

@@ -1,10 +1,8 @@
 //! The CUDA driver API. Handles are numbers in disguise, looked up and never followed, so that a
-//! bad one is an error code. One lock guards the driver; whoever waits for a device drives it.
-//!
-//! Work that was put into a stream runs while some thread waits in the driver. If nothing can
-//! advance, the waiting thread lets go of the lock and gives the others time to act, then
-//! declares a deadlock.
+//! bad one is an error code. One lock guards the driver; whoever waits for a device drives it
+//! (`actors`).
 
+mod actors;
 mod capture;
 mod context;
 mod copy;
@@ -29,13 +27,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
+use actors::wait_for;
 use status::{Out, Outcome, Status};
 
 use crate::finding::Kind;
 use crate::loader::Loaded;
-use crate::machine::{Command, Config, EventId, Machine, Progress, StreamId};
+use crate::machine::{Command, Config, EventId, Machine, StreamId};
 use crate::memory::MAX_DEVICES;
 use crate::program::Kernel;
 use crate::race::Stale;
@@ -43,10 +41,6 @@ use crate::race::Stale;
 /// A handle of the API: a pointer in C.
 pub(crate) type Handle = u64;
 
-/// How long nobody may act before a deadlock is declared: alone, and beside other threads, which
-/// may be about to.
-const GRACE_ALONE: Duration = Duration::from_millis(20);
-const GRACE: Duration = Duration::from_secs(3);
 /// Exit status of a process that leaves findings unread.
 const EXIT: i32 = 86;
 
@@ -116,6 +110,8 @@ enum Kept {
 struct Driver {
     machine: Machine,
     initialised: bool,
+    /// Whether the settings in the environment make sense.
+    understood: bool,
     contexts: BTreeMap<Handle, Context>,
     /// The primary context of each device, and how often it is held.
     primaries: Vec<(Option<Handle>, u32, u32)>,
@@ -132,9 +128,10 @@ struct Driver {
     /// Names that programs hold pointers to.
     names: BTreeMap<String, Box<[u8]>>,
     allocations: BTreeMap<u64, (Handle, Kept, u64)>,
-    next: u64,
-    /// Calls so far: how a thread that waits sees that others act.
-    calls: u64,
+    /// Handles given out, by device.
+    next: Vec<u64>,
+    /// The program's threads.
+    actors: actors::Actors,
     printed: usize,
 }
 
@@ -153,7 +150,10 @@ fn number(name: &str) -> Option<u64> {
     parsed
 }
 
-fn configuration() -> Config {
+/// What the environment asks for, and whether it could be understood: a run on other devices than
+/// those that were meant would prove nothing.
+fn configuration() -> (Config, bool) {
+    let mut understood = true;
     let mut config = Config::default();
     if let Some(devices) = number("VGPU_DEVICES") {
         config.devices = devices.min(MAX_DEVICES.into()) as u32;
@@ -168,7 +168,10 @@ fn configuration() -> Config {
     if let Ok(text) = std::env::var("VGPU_TOPOLOGY") {
         match text.parse() {
             Ok(topology) => config.topology = topology,
-            Err(error) => eprintln!("vgpu: VGPU_TOPOLOGY: {error}; ignored"),
+            Err(error) => {
+                eprintln!("vgpu: VGPU_TOPOLOGY: {error}");
+                understood = false;
+            }
         }
     }
     if let Ok(which) = std::env::var("VGPU_STALE") {
@@ -193,12 +196,12 @@ fn configuration() -> Config {
                 .collect(),
         };
     }
-    config
+    (config, understood)
 }
 
 impl Driver {
     fn new() -> Self {
-        let config = configuration();
+        let (config, understood) = configuration();
         let devices = config.devices as usize;
         let mut machine = Machine::new(config);
         if let Some(bytes) = number("VGPU_MEMORY") {
@@ -209,6 +212,7 @@ impl Driver {
         Self {
             machine,
             initialised: false,
+            understood,
             contexts: BTreeMap::new(),
             primaries: vec![(None, 0, 0); devices],
             peers: BTreeSet::new(),
@@ -222,16 +226,25 @@ impl Driver {
             pools: pool::Pools::default(),
             names: BTreeMap::new(),
             allocations: BTreeMap::new(),
-            next: 0,
-            calls: 0,
+            next: vec![0; devices.max(1)],
+            actors: actors::Actors::default(),
             printed: 0,
         }
     }
 
     fn handle(&mut self, kind: u64) -> Handle {
-        self.next += 1;
+        let current = CURRENT.with_borrow(|stack| stack.last().copied());
+        let context = current.and_then(|handle| self.contexts.get(&handle));
+        self.handle_on(kind, context.map_or(0, |c| c.device))
+    }
+
+    /// A handle of something on a device. Each device counts for itself: the threads that use
+    /// different devices get the same handles in whatever order they come.
+    fn handle_on(&mut self, kind: u64, device: u32) -> Handle {
+        let next = &mut self.next[device as usize];
+        *next += 1;
         // Aligned as a pointer is: some wrappers ask for that.
-        kind | self.next << 4
+        kind | u64::from(device) << 34 | *next << 4
     }
 
     /// The calling thread's context.
@@ -335,58 +348,10 @@ fn lock() -> Guard {
     DRIVER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Other threads of this process.
-fn has_company() -> bool {
-    std::fs::read_dir("/proc/self/task").map_or(true, |tasks| tasks.count() > 1)
-}
-
-/// Drives the devices until a condition holds.
-fn wait(mut driver: Guard, mut done: impl FnMut(&Driver) -> bool) -> Guard {
-    let mut idle_since: Option<(Instant, u64)> = None;
-    loop {
-        if done(&driver) {
-            driver.show();
-            return driver;
-        }
-        match driver.machine.step() {
-            Progress::Advanced => idle_since = None,
-            Progress::HostFunction(stream, function) => {
-                drop(driver);
-                function();
-                driver = lock();
-                driver.machine.host_function_done(stream);
-                idle_since = None;
-            }
-            Progress::Idle | Progress::Stuck => {
-                let (since, calls) = *idle_since.get_or_insert((Instant::now(), driver.calls));
-                let grace = if has_company() { GRACE } else { GRACE_ALONE };
-                if calls != driver.calls {
-                    idle_since = None;
-                } else if since.elapsed() > grace {
-                    driver.machine.declare_deadlock();
-                    idle_since = None;
-                }
-                drop(driver);
-                std::thread::sleep(Duration::from_micros(200));
-                driver = lock();
-            }
-        }
-    }
-}
-
-/// Waits for everything put into a stream so far.
-fn wait_for(driver: Guard, id: StreamId) -> Guard {
-    let number = driver.machine.submitted(id);
-    let mut driver = wait(driver, |d| d.machine.is_finished(id, number));
-    driver.machine.host_synchronised(id);
-    driver
-}
-
 /// Runs a call: takes the lock, keeps panics from crossing into C, names what is not supported.
-fn call(name: &str, body: impl FnOnce(Guard) -> Outcome) -> u32 {
+fn call(name: &'static str, body: impl FnOnce(Guard) -> Outcome) -> u32 {
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        let mut driver = lock();
-        driver.calls += 1;
+        let driver = actors::enter(name);
         if !driver.initialised
             && !matches!(
                 name,
@@ -469,7 +434,7 @@ fn tables() -> Vec<Vec<(&'static str, usize)>> {
 
 api! {
     fn cuInit(flags: u32) |driver| {
-        if flags != 0 {
+        if flags != 0 || !driver.understood {
             return Err(Status::INVALID_VALUE);
         }
         if driver.primaries.is_empty() {
@@ -502,6 +467,10 @@ api! {
                 Err(Status::INVALID_VALUE)
             }
         }
+    }
+
+    fn vgpuIsReplayable(replayable: Out<i32>) |driver| {
+        replayable.set(driver.actors.is_replayable().into())
     }
 
     fn vgpuTakeFindings(text: Out<u8>, capacity: u64, length: Out<u64>) |driver| {

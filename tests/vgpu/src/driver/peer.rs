@@ -3,6 +3,7 @@
 //! Peer access is enabled from one context to another; kernels see it from device to device: a
 //! device reaches another's memory while any of its contexts has access to any of the other's.
 
+use super::actors::wait_for_devices;
 use super::status::{Out, Status};
 use super::{Driver, Handle, api};
 use crate::memory::{Fabric, MAX_DEVICES};
@@ -85,6 +86,9 @@ api! {
         if driver.peers.iter().filter(|p| p.0 == current).count() >= MAX_DEVICES as usize {
             return Err(Status::TOO_MANY_PEERS);
         }
+        // New mappings want the devices at rest.
+        driver = wait_for_devices(driver, 1 << from | 1 << to);
+        driver.check(from)?;
         driver.peers.insert((current, peer));
         driver.refresh_peers();
         Ok(())

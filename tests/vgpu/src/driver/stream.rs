@@ -1,30 +1,10 @@
 //! Streams, events, host functions, and waiting for values in memory.
 
-use super::device::found;
+use super::actors::{Until, ask, wait_for, wait_for_event};
 use super::operation::{HostFunction, Operation, WaitValue, WriteValue};
 use super::status::{Out, Outcome, Status};
-use super::{Driver, EVENT, Event, Guard, Handle, STREAM, Stream, api, wait, wait_for};
+use super::{Driver, EVENT, Event, Guard, Handle, STREAM, Stream, api};
 use crate::machine::Command;
-
-/// Steps that a question about progress makes the devices take: whoever only asks gets somewhere.
-const STEPS: u32 = 256;
-
-fn advance(mut driver: Guard) -> Guard {
-    for _ in 0..STEPS {
-        match driver.machine.step() {
-            crate::machine::Progress::Advanced => {}
-            crate::machine::Progress::HostFunction(stream, function) => {
-                drop(driver);
-                function();
-                driver = super::lock();
-                driver.machine.host_function_done(stream);
-            }
-            _ => break,
-        }
-    }
-    driver.show();
-    driver
-}
 
 fn create(mut driver: Guard, stream: Out<Handle>, flags: u32, priority: i32) -> Outcome {
     let context = driver.healthy()?;
@@ -100,7 +80,8 @@ api! {
         let device = driver.context(context)?.device;
         driver.refuse_captured(stream)?;
         driver.potentially_unsafe()?;
-        let driver = advance(driver);
+        let number = driver.machine.submitted(id);
+        let driver = ask(driver, Until::Streams(vec![(id, number)]));
         driver.check(device)?;
         if driver.machine.is_idle(id) { Ok(()) } else { Err(Status::NOT_READY) }
     }
@@ -223,10 +204,11 @@ api! {
     }
 
     fn cuEventQuery(event: Handle) |driver| {
-        found(driver.events.contains_key(&event))?;
+        let id = driver.events.get(&event).ok_or(Status::INVALID_HANDLE)?.id;
         driver.refuse_captured_event(event)?;
         driver.potentially_unsafe()?;
-        let driver = advance(driver);
+        let number = driver.machine.records(id);
+        let driver = ask(driver, Until::Event(id, number));
         let event = driver.events.get(&event).ok_or(Status::INVALID_HANDLE)?;
         driver.check(driver.context(event.context)?.device)?;
         if driver.machine.event_finished(event.id) { Ok(()) } else { Err(Status::NOT_READY) }
@@ -238,8 +220,7 @@ api! {
         let device = driver.context(context)?.device;
         driver.refuse_captured_event(event)?;
         driver.potentially_unsafe()?;
-        let mut driver = wait(driver, |d| d.machine.event_finished(id));
-        driver.machine.host_synchronised_event(id);
+        let driver = wait_for_event(driver, id);
         driver.check(device)
     }
 

@@ -161,7 +161,9 @@ pub struct Machine {
     events: BTreeMap<EventId, Event>,
     grids: BTreeMap<u32, Grid>,
     resident: Vec<Resident>,
-    next_stream: u32,
+    /// Streams made so far, by device: threads that use different devices get the same ones in
+    /// whatever order they come.
+    next_stream: Vec<u32>,
     next_event: u32,
     next_launch: u32,
     random: u64,
@@ -175,12 +177,17 @@ pub struct Machine {
     /// Runs since a block ended.
     runs_without_end: u64,
     seen_changes: u64,
+    /// Nothing could happen when last looked.
+    stuck: bool,
     host_clock: StreamClock,
+    completions: u64,
+    turns: u64,
 }
 
 impl Machine {
     /// Devices as configured, with nothing to do.
     pub fn new(config: Config) -> Self {
+        let count = config.devices as usize;
         let devices = (0..config.devices)
             .map(|ordinal| Device {
                 ordinal,
@@ -204,7 +211,7 @@ impl Machine {
             events: BTreeMap::new(),
             grids: BTreeMap::new(),
             resident: Vec::new(),
-            next_stream: 0,
+            next_stream: vec![0; count],
             next_event: 0,
             next_launch: 0,
             random: scramble(seed).max(1),
@@ -213,7 +220,10 @@ impl Machine {
             patience: FIRST_PATIENCE,
             runs_without_end: 0,
             seen_changes: 0,
+            stuck: false,
             host_clock: StreamClock::default(),
+            completions: 0,
+            turns: 0,
         }
     }
 
@@ -227,8 +237,9 @@ impl Machine {
 
     /// A new stream of a device.
     pub fn create_stream(&mut self, device: u32) -> StreamId {
-        self.next_stream += 1;
-        let id = StreamId(self.next_stream);
+        let next = &mut self.next_stream[device as usize];
+        *next += 1;
+        let id = StreamId(device << 24 | *next);
         let stream = Stream {
             device,
             queue: VecDeque::new(),
@@ -339,6 +350,26 @@ impl Machine {
         self.events.get(&id).map_or(0, |e| e.time)
     }
 
+    /// Records of an event asked for so far.
+    pub fn records(&self, id: EventId) -> u64 {
+        self.events.get(&id).map_or(0, |e| e.submitted)
+    }
+
+    /// Whether the record of an event with this number is done.
+    pub fn is_recorded(&self, id: EventId, number: u64) -> bool {
+        self.events.get(&id).is_none_or(|e| e.finished >= number)
+    }
+
+    /// Changes whenever something that somebody may wait for has been done.
+    pub fn completions(&self) -> u64 {
+        self.completions
+    }
+
+    /// Turns taken so far.
+    pub fn turns(&self) -> u64 {
+        self.turns
+    }
+
     /// The host has waited for a stream: what it did is before what the host does next.
     pub fn host_synchronised(&mut self, id: StreamId) {
         if let Some(stream) = self.streams.get(&id) {
@@ -355,6 +386,7 @@ impl Machine {
 
     /// A host function handed out by `step` has returned.
     pub fn host_function_done(&mut self, id: StreamId) {
+        self.completions += 1;
         if let Some(stream) = self.streams.get_mut(&id) {
             stream.busy = false;
             stream.finished += 1;
@@ -372,6 +404,8 @@ impl Machine {
 
     /// Drops everything a device is doing.
     pub fn cancel(&mut self, device: u32) {
+        self.completions += 1;
+        self.stuck = false;
         self.resident.retain(|r| r.launch.device != device);
         self.grids.retain(|_, g| g.launch.device != device);
         for (_, stream) in self.streams.iter_mut().filter(|(_, s)| s.device == device) {
@@ -390,8 +424,11 @@ impl Machine {
 
     /// Advances a little; see [`Progress`].
     pub fn step(&mut self) -> Progress {
+        self.turns += 1;
         if let Some(progress) = self.start_commands() {
             self.quiet_runs = 0;
+            self.completions += 1;
+            self.stuck = false;
             return progress;
         }
         self.place_blocks();
@@ -402,6 +439,14 @@ impl Machine {
             } else {
                 Progress::Idle
             };
+        }
+        // Only the host can change what was so a moment ago.
+        if self.stuck {
+            if self.all_repeat() {
+                return Progress::Stuck;
+            }
+            self.stuck = false;
+            return Progress::Advanced;
         }
         self.run_some_warp()
     }
@@ -663,6 +708,7 @@ impl Machine {
             self.quiet_runs = 0;
             if !self.widen() {
                 if self.all_repeat() {
+                    self.stuck = true;
                     return Progress::Stuck;
                 }
                 self.patience = self.patience.saturating_mul(2);
@@ -766,6 +812,7 @@ impl Machine {
         };
         grid.finished += 1;
         grid.resident -= 1;
+        self.completions += 1;
         if grid.finished == grid.launch.blocks()
             && let Some(grid) = self.grids.remove(&id)
             && let Some(stream) = self.streams.get_mut(&grid.stream)
@@ -826,9 +873,9 @@ impl Machine {
         true
     }
 
-    /// Nothing can advance any more and the host will not help: reports who waits for what, and
-    /// ends the devices concerned.
-    pub fn declare_deadlock(&mut self) {
+    /// Nothing can advance any more and the host, which waits in these calls, will not help:
+    /// reports who waits for what, and ends the devices concerned.
+    pub fn declare_deadlock(&mut self, calls: &[&str]) {
         let mut stuck: Vec<u32> = Vec::new();
         let mut findings = Vec::new();
         for resident in &self.resident {
@@ -891,7 +938,15 @@ impl Machine {
                 address: None,
                 other: None,
                 reason: None,
-                message: format!("nothing can advance any more: {}", words.join("; ")),
+                message: format!(
+                    "nothing can advance any more: {}{}",
+                    words.join("; "),
+                    if calls.is_empty() {
+                        String::new()
+                    } else {
+                        format!("; the host waits in {}", calls.join(", "))
+                    }
+                ),
             });
         }
         for finding in findings {
