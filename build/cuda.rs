@@ -56,6 +56,12 @@ pub(crate) fn build(root: &Path) {
     for directory in toolkit.stub_directories() {
         println!("cargo::rustc-link-search=native={}", directory.display());
     }
+    // For tests that look at machine code.
+    println!(
+        "cargo::rustc-env=RINGTP_CUDA_BIN={}",
+        toolkit.bin().display()
+    );
+    println!("cargo::rustc-env=RINGTP_NVCC_RELEASE={}", toolkit.release);
     bindings::generate(root, &toolkit, &out).unwrap_or_else(|e| fail(&[e]));
 
     let wanted = variable("CUDA_COMPUTE_CAP");

@@ -19,6 +19,8 @@ pub(crate) struct Toolkit {
     pub(crate) nvcc: PathBuf,
     /// The directory above `bin`, with `include` in it.
     pub(crate) root: PathBuf,
+    /// Its release, such as `13.0`; empty if it is not understood.
+    pub(crate) release: String,
     /// What it can make machine code for; empty if it does not say.
     pub(crate) architectures: Vec<String>,
 }
@@ -117,8 +119,14 @@ impl Toolkit {
         Ok(Self {
             nvcc: nvcc.to_owned(),
             root: root.to_owned(),
+            release: release.map_or_else(String::new, |(major, minor)| format!("{major}.{minor}")),
             architectures,
         })
+    }
+
+    /// Where the compiler and its tools are.
+    pub(crate) fn bin(&self) -> &Path {
+        self.nvcc.parent().unwrap_or(Path::new(""))
     }
 
     /// Where the stub of libcuda may be that programs are linked against.

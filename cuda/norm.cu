@@ -47,11 +47,9 @@ template <typename T, bool kAdd> __device__ __forceinline__ void norm(const Norm
             VectorPack<T> bias;
             if (biased) bias = VectorPack<T>::load(params.bias, first, cols, aligned);
             const Pack<T> before = Pack<T>::load(residual, first, cols, aligned);
-#pragma unroll
-            for (uint32_t i = 0; i < Pack<T>::kSize; i++) {
-                const float added = biased ? __fadd_rn(pack[i], bias[i]) : pack[i];
-                pack.set(i, __fadd_rn(before[i], added));
-            }
+            pack = Pack<T>::of([&](uint32_t i) {
+                return __fadd_rn(before[i], biased ? __fadd_rn(pack[i], bias[i]) : pack[i]);
+            });
             pack.store(residual, first, cols, aligned);
         }
         return pack;
@@ -76,10 +74,9 @@ template <typename T, bool kAdd> __device__ __forceinline__ void norm(const Norm
 
     auto leave = [&](Pack<T> pack, uint32_t first) {
         const VectorPack<T> weight = VectorPack<T>::load(params.weight, first, cols, aligned);
-#pragma unroll
-        for (uint32_t i = 0; i < Pack<T>::kSize; i++) {
-            pack.set(i, __fmul_rn(__fmul_rn(pack[i], scale), weight[i]));
-        }
+        pack = Pack<T>::of([&](uint32_t i) {
+            return __fmul_rn(__fmul_rn(pack[i], scale), weight[i]);
+        });
         pack.store(out, first, cols, aligned);
     };
 #pragma unroll
@@ -96,12 +93,13 @@ template <typename T, bool kAdd> __device__ __forceinline__ void norm(const Norm
 
 }  // namespace
 
+// One block a multiprocessor is enough: without that second bound ptxas aims at two and spills.
 #define RINGTP_NORM(suffix, T)                                                           \
-    extern "C" __global__ void __launch_bounds__(kNormThreads)                           \
+    extern "C" __global__ void __launch_bounds__(kNormThreads, 1)                        \
         rms_norm_##suffix(const __grid_constant__ NormParams params) {                   \
         norm<T, false>(params);                                                          \
     }                                                                                    \
-    extern "C" __global__ void __launch_bounds__(kNormThreads)                           \
+    extern "C" __global__ void __launch_bounds__(kNormThreads, 1)                        \
         add_rms_norm_##suffix(const __grid_constant__ NormParams params) {               \
         norm<T, true>(params);                                                           \
     }

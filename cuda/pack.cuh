@@ -8,38 +8,89 @@
 
 #include "ptx/memory.cuh"
 
-__device__ __forceinline__ float to_f32(float value) { return value; }
-__device__ __forceinline__ float to_f32(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_f32(__nv_bfloat16 value) { return __bfloat162float(value); }
+// The bits of an element, low in a word, and what they stand for.
+template <typename T> struct Bits;
 
-template <typename T> __device__ T from_f32(float value);
-template <> __device__ __forceinline__ float from_f32<float>(float value) { return value; }
-template <> __device__ __forceinline__ __half from_f32<__half>(float value) {
-    return __float2half_rn(value);
-}
-template <> __device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float value) {
-    return __float2bfloat16_rn(value);
-}
+template <> struct Bits<float> {
+    static __device__ __forceinline__ uint32_t of(float value) { return __float_as_uint(value); }
+    static __device__ __forceinline__ float element(uint32_t bits) {
+        return __uint_as_float(bits);
+    }
+    static __device__ __forceinline__ float to_f32(uint32_t bits) { return __uint_as_float(bits); }
+    static __device__ __forceinline__ uint32_t from_f32(float value) {
+        return __float_as_uint(value);
+    }
+};
 
-// Sixteen bytes as they lie in memory: four registers, whatever the type.
-template <typename T> struct alignas(16) Pack {
+template <> struct Bits<__half> {
+    static __device__ __forceinline__ uint32_t of(__half value) { return __half_as_ushort(value); }
+    static __device__ __forceinline__ __half element(uint32_t bits) {
+        return __ushort_as_half(static_cast<unsigned short>(bits));
+    }
+    static __device__ __forceinline__ float to_f32(uint32_t bits) {
+        return __half2float(element(bits));
+    }
+    static __device__ __forceinline__ uint32_t from_f32(float value) {
+        return __half_as_ushort(__float2half_rn(value));
+    }
+};
+
+template <> struct Bits<__nv_bfloat16> {
+    static __device__ __forceinline__ uint32_t of(__nv_bfloat16 value) {
+        return __bfloat16_as_ushort(value);
+    }
+    static __device__ __forceinline__ __nv_bfloat16 element(uint32_t bits) {
+        return __ushort_as_bfloat16(static_cast<unsigned short>(bits));
+    }
+    static __device__ __forceinline__ float to_f32(uint32_t bits) {
+        return __uint_as_float(bits << 16);
+    }
+    static __device__ __forceinline__ uint32_t from_f32(float value) {
+        return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+    }
+};
+
+// Sixteen bytes as they lie in memory. Four registers whatever the type: halves stay in pairs,
+// since one in a register of its own would double them.
+template <typename T> struct Pack {
     static constexpr uint32_t kSize = 16 / sizeof(T);
-    T elements[kSize];
+    static constexpr uint32_t kPerWord = 4 / sizeof(T);
+    static constexpr uint32_t kBits = 8 * sizeof(T);
+    uint32_t words[4];
 
-    __device__ __forceinline__ float operator[](uint32_t i) const { return to_f32(elements[i]); }
-    __device__ __forceinline__ void set(uint32_t i, float value) { elements[i] = from_f32<T>(value); }
+    __device__ __forceinline__ float operator[](uint32_t i) const {
+        const uint32_t word = words[i / kPerWord] >> (i % kPerWord * kBits);
+        return Bits<T>::to_f32(kBits == 16 ? word & 0xffffu : word);
+    }
+
+    // Only on a pack of zeros: puts in the bits of element i.
+    __device__ __forceinline__ void put(uint32_t i, uint32_t bits) {
+        words[i / kPerWord] |= bits << (i % kPerWord * kBits);
+    }
+
+    // The pack of f(0), f(1), …, each rounded to T.
+    template <typename F> static __device__ __forceinline__ Pack of(F f) {
+        Pack pack = {};
+#pragma unroll
+        for (uint32_t i = 0; i < kSize; i++) pack.put(i, Bits<T>::from_f32(f(i)));
+        return pack;
+    }
 
     // The pack of a row that starts at element `first`; elements from `cols` on are zero.
     // `aligned`: the row starts at a multiple of 16 bytes.
     static __device__ __forceinline__ Pack load(const T *row, uint32_t first, uint32_t cols,
                                                 bool aligned) {
-        Pack pack;
+        Pack pack = {};
         if (aligned && first + kSize <= cols) {
-            *reinterpret_cast<uint4 *>(pack.elements) = ptx::ld_global_v4(row + first);
+            const uint4 words = ptx::ld_global_v4(row + first);
+            pack.words[0] = words.x;
+            pack.words[1] = words.y;
+            pack.words[2] = words.z;
+            pack.words[3] = words.w;
         } else {
 #pragma unroll
             for (uint32_t i = 0; i < kSize; i++) {
-                pack.elements[i] = first + i < cols ? row[first + i] : from_f32<T>(0.0f);
+                if (first + i < cols) pack.put(i, Bits<T>::of(row[first + i]));
             }
         }
         return pack;
@@ -48,11 +99,12 @@ template <typename T> struct alignas(16) Pack {
     __device__ __forceinline__ void store(T *row, uint32_t first, uint32_t cols,
                                           bool aligned) const {
         if (aligned && first + kSize <= cols) {
-            ptx::st_global_v4(row + first, *reinterpret_cast<const uint4 *>(elements));
+            ptx::st_global_v4(row + first, make_uint4(words[0], words[1], words[2], words[3]));
         } else {
 #pragma unroll
             for (uint32_t i = 0; i < kSize; i++) {
-                if (first + i < cols) row[first + i] = elements[i];
+                const uint32_t word = words[i / kPerWord] >> (i % kPerWord * kBits);
+                if (first + i < cols) row[first + i] = Bits<T>::element(word);
             }
         }
     }

@@ -48,6 +48,7 @@ mod view;
 
 pub use context::{Context, DeviceAttribute, Entered, Limits};
 pub use event::Event;
+pub use families::families;
 pub use launch::Launch;
 pub use memory::{BUFFER_ALIGN, DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut};
 pub use module::{Family, Function, FunctionAttributes, Kernels, fatbins};

@@ -236,12 +236,8 @@ impl Kernels {
     /// # Errors
     /// [`Error::Driver`]: the kernels were not built for this device, or the driver is too old.
     pub fn load(context: &Context) -> Result<Self> {
-        Self::load_families(context, families::ALL)
-    }
-
-    fn load_families(context: &Context, list: &[Family]) -> Result<Self> {
         let mut functions = BTreeMap::new();
-        for family in list {
+        for family in families::ALL {
             let fatbin = generated::FATBINS.iter().find(|f| f.name == family.name);
             let Some(fatbin) = fatbin else {
                 return Err(Error::input(
