@@ -10,6 +10,7 @@
 //! | host memory that devices reach | [`Pinned`] | own |
 //! | all kernels of the crate on a device | [`Kernels`], [`Function`] | own: loaded before anything runs |
 //! | a launch | [`Launch`], [`Stream::launch`] | own: checked on the host first |
+//! | recorded work | [`Graph`], [`Stream::capture`] | own |
 //! | rows of elements | [`Rows`], [`RowsMut`] | views with a type and a stride |
 //!
 //! Nothing is global: there is one driver in a process, but no state of this crate's beside it,
@@ -37,6 +38,7 @@ pub mod abi;
 mod context;
 mod event;
 mod families;
+mod graph;
 mod launch;
 mod memory;
 mod module;
@@ -49,6 +51,7 @@ mod view;
 pub use context::{Context, DeviceAttribute, Entered, Limits};
 pub use event::Event;
 pub use families::families;
+pub use graph::Graph;
 pub use launch::Launch;
 pub use memory::{BUFFER_ALIGN, DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut};
 pub use module::{Family, Function, FunctionAttributes, Kernels, fatbins};
