@@ -16,6 +16,7 @@ use ringtp::backend::cuda::{
 use ringtp::{DType, Error};
 
 test_driver::also_on_a_real_driver!();
+test_driver::also_on_every_architecture!();
 
 fn words<T>(result: Result<T, Error>) -> String {
     result.err().expect("an error").to_string()
@@ -51,9 +52,14 @@ fn a_device_says_what_it_is() {
     let limits = gpu.context.limits();
     assert!(!gpu.context.name().is_empty());
     assert!(Context::driver_version().expect("a version") >= 12_000);
-    assert!(limits.compute_capability >= 80 && limits.multiprocessors > 0, "{limits:?}");
+    assert!(
+        limits.compute_capability >= 80 && limits.multiprocessors > 0,
+        "{limits:?}"
+    );
     assert_eq!(limits.threads_per_block, 1024);
-    let warp = gpu.context.attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_WARP_SIZE);
+    let warp = gpu
+        .context
+        .attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_WARP_SIZE);
     assert_eq!(warp.expect("an attribute"), 32);
     assert!(gpu.context.total_memory().expect("a size") > 1 << 20);
 }
@@ -63,7 +69,10 @@ fn a_device_that_is_not_there_is_named() {
     let Some(_gpu) = Gpu::take() else { return };
     let count = Context::device_count().expect("a count");
     let error = words(Context::new(count));
-    assert!(error.contains(&format!("one of the {count} devices")), "{error}");
+    assert!(
+        error.contains(&format!("one of the {count} devices")),
+        "{error}"
+    );
     assert!(words(Context::new(usize::MAX)).contains("CUDA device"));
 }
 
@@ -92,7 +101,10 @@ fn nothing_is_left_in_the_thread() {
 #[test]
 fn streams_and_memory_work_in_any_thread() {
     let Some(gpu) = Gpu::take() else { return };
-    let buffer = gpu.pool.upload(&[1u32, 2, 3], &gpu.stream).expect("an upload");
+    let buffer = gpu
+        .pool
+        .upload(&[1u32, 2, 3], &gpu.stream)
+        .expect("an upload");
     let (stream, view) = (&gpu.stream, buffer.as_ref());
     std::thread::scope(|scope| {
         let read = scope.spawn(move || {
@@ -114,12 +126,17 @@ fn buffers_of_a_slab_do_not_overlap_and_come_back() {
         let mut buffer = pool.buffer(size).expect("a buffer");
         assert_eq!(buffer.len(), size);
         assert!(buffer.address().is_multiple_of(BUFFER_ALIGN as u64));
-        gpu.stream.fill(i as u8 + 1, &mut buffer.as_mut()).expect("a fill");
+        gpu.stream
+            .fill(i as u8 + 1, &mut buffer.as_mut())
+            .expect("a fill");
         buffers.push(buffer);
     }
     for (i, buffer) in buffers.iter().enumerate() {
         let bytes = gpu.download(buffer);
-        assert!(bytes.iter().all(|&b| b == i as u8 + 1), "buffer {i} was written by another");
+        assert!(
+            bytes.iter().all(|&b| b == i as u8 + 1),
+            "buffer {i} was written by another"
+        );
     }
     let (total, _) = pool.usage();
     assert_eq!(total, 64 << 10, "one slab holds them");
@@ -132,7 +149,10 @@ fn buffers_of_a_slab_do_not_overlap_and_come_back() {
     assert_eq!(pool.usage(), (total, 0));
     // What does not fit has a slab of its own.
     let large = pool.buffer(100_000).expect("a large buffer");
-    assert_eq!(pool.usage().0, total + 100_000usize.next_multiple_of(BUFFER_ALIGN));
+    assert_eq!(
+        pool.usage().0,
+        total + 100_000usize.next_multiple_of(BUFFER_ALIGN)
+    );
     drop((whole, large));
 }
 
@@ -156,13 +176,22 @@ fn a_pool_keeps_count() {
             } else {
                 held.swap_remove(below(held.len() as u64) as usize);
             }
-            let mut ranges: Vec<_> =
-                held.iter().map(|b| (b.address(), b.address() + b.len() as u64)).collect();
+            let mut ranges: Vec<_> = held
+                .iter()
+                .map(|b| (b.address(), b.address() + b.len() as u64))
+                .collect();
             ranges.sort_unstable();
-            assert!(ranges.windows(2).all(|w| w[0].1 <= w[1].0), "overlap, seed {seed}");
+            assert!(
+                ranges.windows(2).all(|w| w[0].1 <= w[1].0),
+                "overlap, seed {seed}"
+            );
             let taken = |b: &cuda::DeviceBuffer| b.len().max(1).next_multiple_of(BUFFER_ALIGN);
             let (total, free) = pool.usage();
-            assert_eq!(total - free, held.iter().map(taken).sum::<usize>(), "seed {seed}");
+            assert_eq!(
+                total - free,
+                held.iter().map(taken).sum::<usize>(),
+                "seed {seed}"
+            );
         }
         held.clear();
         let (total, free) = pool.usage();
@@ -173,7 +202,7 @@ fn a_pool_keeps_count() {
 #[test]
 fn memory_that_is_not_there_is_an_error() {
     let Some(gpu) = Gpu::take() else { return };
-    let error = gpu.pool.buffer(1 << 60).err().expect("an error");
+    let error = gpu.pool.buffer(1 << 60).expect_err("an error");
     assert!(matches!(error, Error::OutOfMemory(_)), "{error}");
     assert!(error.to_string().contains("CUDA device 0"), "{error}");
     let slabs = DevicePool::new(&gpu.context, 1 << 20);
@@ -187,7 +216,10 @@ fn parts_and_copies_are_checked() {
     let Some(gpu) = Gpu::take() else { return };
     let mut buffer = gpu.pool.upload(&[0u8; 16], &gpu.stream).expect("an upload");
     let error = words(buffer.as_ref().range(8..17));
-    assert!(error.contains("0..16") && error.contains("8..17"), "{error}");
+    assert!(
+        error.contains("0..16") && error.contains("8..17"),
+        "{error}"
+    );
     #[expect(clippy::reversed_empty_ranges, reason = "that is the mistake")]
     let backwards = buffer.as_ref().range(9..8);
     assert!(backwards.is_err());
@@ -197,7 +229,9 @@ fn parts_and_copies_are_checked() {
     let mut part = part;
     gpu.stream.fill(9, &mut part).expect("a fill");
     let mut copy = gpu.pool.buffer(16).expect("a buffer");
-    gpu.stream.copy(buffer.as_ref(), &mut copy.as_mut()).expect("a copy");
+    gpu.stream
+        .copy(buffer.as_ref(), &mut copy.as_mut())
+        .expect("a copy");
     let mut expected = [0u8; 16];
     expected[4..8].fill(9);
     assert_eq!(gpu.download(&copy), expected);
@@ -212,16 +246,24 @@ fn events_order_streams() {
     let mut buffer = gpu.pool.buffer(1 << 16).expect("a buffer");
     for value in 0..8u8 {
         let event = Event::new(&gpu.context).expect("an event");
-        gpu.stream.fill(value, &mut buffer.as_mut()).expect("a fill");
+        gpu.stream
+            .fill(value, &mut buffer.as_mut())
+            .expect("a fill");
         event.record(&gpu.stream).expect("recorded");
         other.wait_for(&event).expect("a wait");
         let mut bytes = vec![0; buffer.len()];
-        other.download(buffer.as_ref(), &mut bytes).expect("a download");
+        other
+            .download(buffer.as_ref(), &mut bytes)
+            .expect("a download");
         assert!(bytes.iter().all(|&b| b == value));
         assert!(event.is_done().expect("an answer"));
         gpu.stream.wait_for_stream(&other).expect("a wait");
     }
-    assert!(gpu.stream.wait_until_idle(Duration::from_secs(10)).expect("an answer"));
+    assert!(
+        gpu.stream
+            .wait_until_idle(Duration::from_secs(10))
+            .expect("an answer")
+    );
     let (begin, end) = (Event::timed(&gpu.context), Event::timed(&gpu.context));
     let (begin, end) = (begin.expect("an event"), end.expect("an event"));
     begin.record(&gpu.stream).expect("recorded");
@@ -271,9 +313,13 @@ fn pinned_memory_is_seen_by_both_sides() {
     pinned.write(2, 0xABCD);
     let mut values = [9u32; 5];
     let view = pinned.as_device();
-    gpu.stream.download(view.as_ref(), &mut values).expect("a download");
+    gpu.stream
+        .download(view.as_ref(), &mut values)
+        .expect("a download");
     assert_eq!(values, [0, 0, 0xABCD, 0, 0]);
-    gpu.stream.fill(0xFF, &mut pinned.as_device()).expect("a fill");
+    gpu.stream
+        .fill(0xFF, &mut pinned.as_device())
+        .expect("a fill");
     gpu.stream.synchronize().expect("it ends");
     assert_eq!(pinned.read(4), u32::MAX);
     let error = words(Pinned::<u64>::zeros(&gpu.context, usize::MAX));
@@ -295,16 +341,27 @@ fn devices_reach_each_others_slabs() {
     }
     gpu.context.enable_access(&peer).expect("access");
     gpu.context.enable_access(&peer).expect("access once more");
-    gpu.context.enable_access(&gpu.context).expect("access to itself");
+    gpu.context
+        .enable_access(&gpu.context)
+        .expect("access to itself");
     let stream = Stream::new(&peer).expect("a stream");
-    let x = DevicePool::new(&peer, 1 << 16).upload(&[2f32; 64], &stream).expect("an upload");
+    let x = DevicePool::new(&peer, 1 << 16)
+        .upload(&[2f32; 64], &stream)
+        .expect("an upload");
     // Device 0 normalises a row that lies on device 1.
     let layout = RowLayout::contiguous(DType::F32, 1, 64);
     let weight = Vector::new(&gpu, &[3.0; 64], 0);
     let mut out = Operand::new(&gpu, layout, 0, None);
     let rows = cuda::Rows::new(x.as_ref(), layout).expect("rows");
-    cuda::rms_norm(&gpu.kernels, &gpu.stream, rows, weight.view(), 0.0, out.rows_mut())
-        .expect("a norm");
+    cuda::rms_norm(
+        &gpu.kernels,
+        &gpu.stream,
+        rows,
+        weight.view(),
+        0.0,
+        out.rows_mut(),
+    )
+    .expect("a norm");
     assert_eq!(out.values(&gpu), [3.0; 64]);
 }
 
@@ -318,13 +375,27 @@ fn two_groups_share_a_device() {
     let layout = RowLayout::contiguous(DType::F32, 1, 8);
     let x = Operand::new(&gpu, layout, 0, Some(&[2.0; 8]));
     let mut out = Operand::new(&gpu, layout, 0, None);
-    cuda::rms_norm(&kernels, &gpu.stream, x.rows(), weight.view(), 0.0, out.rows_mut())
-        .expect("a norm");
+    cuda::rms_norm(
+        &kernels,
+        &gpu.stream,
+        x.rows(),
+        weight.view(),
+        0.0,
+        out.rows_mut(),
+    )
+    .expect("a norm");
     drop((kernels, other));
     assert_eq!(out.values(&gpu), [1.0; 8]);
     // The first's code is still there when the second has gone.
-    cuda::rms_norm(&gpu.kernels, &gpu.stream, x.rows(), weight.view(), 0.0, out.rows_mut())
-        .expect("a norm");
+    cuda::rms_norm(
+        &gpu.kernels,
+        &gpu.stream,
+        x.rows(),
+        weight.view(),
+        0.0,
+        out.rows_mut(),
+    )
+    .expect("a norm");
     assert_eq!(out.values(&gpu), [1.0; 8]);
 }
 
@@ -342,16 +413,24 @@ fn a_graph_replays_with_what_memory_holds_then() {
             cuda::rms_norm(&gpu.kernels, &gpu.stream, x, weight, 0.0, out)
         })
         .expect("a graph");
-    assert!(out.values(&gpu).iter().all(|v| v.is_nan()), "recording runs nothing");
+    assert!(
+        out.values(&gpu).iter().all(|v| v.is_nan()),
+        "recording runs nothing"
+    );
     graph.upload(&gpu.stream).expect("an upload");
     for value in [2.0f32, -4.0] {
-        gpu.stream.upload(&[value; 64], &mut x.buffer.as_mut()).expect("an upload");
+        gpu.stream
+            .upload(&[value; 64], &mut x.buffer.as_mut())
+            .expect("an upload");
         // SAFETY: the operands are still there.
         unsafe { graph.launch(&gpu.stream) }.expect("a replay");
         assert_eq!(out.values(&gpu), [1.5 * value.signum(); 64]);
     }
     // An error while recording is the caller's, and the stream is fit for use again.
-    let error = words(gpu.stream.capture(|| Err(Error::shape("a test", "this", "that"))));
+    let error = words(
+        gpu.stream
+            .capture(|| Err(Error::shape("a test", "this", "that"))),
+    );
     assert!(error.contains("a test"), "{error}");
     gpu.stream.synchronize().expect("no capture is left");
 }
@@ -380,14 +459,44 @@ fn wrong_launches_are_refused_by_name() {
     let shared = kernel.attributes().max_dynamic_shared;
     for (launch, expected) in [
         (Launch::linear(0, 32), "blocks in x, found 0"),
-        (Launch { grid: [1, 65_536, 1], ..one }, "65535 blocks in y"),
-        (Launch { grid: [1, 1, 0], ..one }, "blocks in z, found 0"),
+        (
+            Launch {
+                grid: [1, 65_536, 1],
+                ..one
+            },
+            "65535 blocks in y",
+        ),
+        (
+            Launch {
+                grid: [1, 1, 0],
+                ..one
+            },
+            "blocks in z, found 0",
+        ),
         (Launch::linear(1, 0), "threads in x, found 0"),
-        (Launch { block: [1, 1, 65], ..one }, "64 threads in z"),
-        (Launch::linear(1, 513), "at most 512 threads a block, found 513"),
-        (Launch { block: [32, 32, 1], ..one }, "found 1024"),
+        (
+            Launch {
+                block: [1, 1, 65],
+                ..one
+            },
+            "64 threads in z",
+        ),
+        (
+            Launch::linear(1, 513),
+            "at most 512 threads a block, found 513",
+        ),
+        (
+            Launch {
+                block: [32, 32, 1],
+                ..one
+            },
+            "found 1024",
+        ),
         (one.shared(shared + 1), "bytes of dynamic shared memory"),
-        (Launch::linear(1 << 20, 512).cooperative(), "fit on the device at once"),
+        (
+            Launch::linear(1 << 20, 512).cooperative(),
+            "fit on the device at once",
+        ),
     ] {
         let error = refuse(launch);
         let named = error.contains("rms_norm_f32") && error.contains(expected);
@@ -396,7 +505,10 @@ fn wrong_launches_are_refused_by_name() {
     // SAFETY: does not run.
     let short = words(unsafe { gpu.stream.launch(kernel, one, &Short([0; 3])) });
     match kernel.attributes().param_bytes {
-        Some(_) => assert!(short.contains("80 bytes of parameters, found 24"), "{short}"),
+        Some(_) => assert!(
+            short.contains("80 bytes of parameters, found 24"),
+            "{short}"
+        ),
         None => println!("SKIPPED: this driver cannot say how many bytes a kernel takes"),
     }
     // All of shared memory is not too much.
@@ -410,7 +522,10 @@ fn wrong_launches_are_refused_by_name() {
 #[test]
 fn a_stream_of_another_device_is_refused() {
     let Some(gpu) = Gpu::take() else { return };
-    if !gpu.driver.has_devices(2, Context::device_count().expect("a count")) {
+    if !gpu
+        .driver
+        .has_devices(2, Context::device_count().expect("a count"))
+    {
         return;
     }
     let peer = Context::new(1).expect("device 1");
@@ -425,18 +540,30 @@ fn a_stream_of_another_device_is_refused() {
 #[test]
 fn the_drivers_errors_are_named() {
     let Some(gpu) = Gpu::take() else { return };
-    let family = Family { name: "a test's own", kernels: &["kernel"] };
+    let family = Family {
+        name: "a test's own",
+        kernels: &["kernel"],
+    };
     let image = CString::new(".version 8.0\n.target sm_80\n.address_size 64\nnonsense").unwrap();
     // SAFETY: PTX, though wrong, that ends in zero.
     let load = |image: &CStr| unsafe {
         Kernels::from_image(&gpu.context, family, image.to_bytes_with_nul())
     };
     let error = driver_error(load(&image));
-    assert_eq!((error.call, error.name.as_str()), ("cuModuleLoadData", "CUDA_ERROR_INVALID_PTX"));
-    assert!(error.doing.contains("a test's own") && !error.sticky, "{error}");
+    assert_eq!(
+        (error.call, error.name.as_str()),
+        ("cuModuleLoadData", "CUDA_ERROR_INVALID_PTX")
+    );
+    assert!(
+        error.doing.contains("a test's own") && !error.sticky,
+        "{error}"
+    );
     assert!(error.to_string().contains("update the driver"), "{error}");
     let empty = CString::new(".version 8.0\n.target sm_80\n.address_size 64\n").unwrap();
     let error = driver_error(load(&empty));
-    assert_eq!((error.code, error.name.as_str()), (500, "CUDA_ERROR_NOT_FOUND"));
+    assert_eq!(
+        (error.code, error.name.as_str()),
+        (500, "CUDA_ERROR_NOT_FOUND")
+    );
     assert!(error.doing.contains("kernel kernel"), "{error}");
 }

@@ -10,11 +10,13 @@ use oracle::bounds::{UNDERFLOW, gamma, rms_norm_error};
 use oracle::compare::{same_bits, within};
 use oracle::random::{Random, cases, round, rows, wide};
 use oracle::rms_norm;
-use ringtp::DType;
 use ringtp::backend::Backend;
-use ringtp::backend::cuda::{self, RowLayout};
+use ringtp::backend::cuda::abi::NormParams;
+use ringtp::backend::cuda::{self, Launch, RowLayout};
+use ringtp::{DType, Error};
 
 test_driver::also_on_a_real_driver!();
+test_driver::also_on_every_architecture!();
 
 const ROWS: [usize; 6] = [0, 1, 1, 2, 3, 5];
 const WIDTHS: [usize; 18] = [
@@ -328,4 +330,63 @@ fn agrees_with_the_cpu_backend() {
             .collect();
         within(&out.values(&gpu), &rows(host_out.data(), n, cols), &bounds).expect("the norm");
     });
+}
+
+/// The negative control of all of the above: a launch that says one column too many is seen, with
+/// the kernel, its line and the address; and its error is one after which the context is lost.
+#[test]
+fn a_column_too_many_is_found() {
+    if !test_driver::is_virtual() {
+        println!("SKIPPED: a real device need not notice an access out of bounds");
+        return;
+    }
+    let words = test_driver::in_a_child("a_column_too_many_is_found", || {
+        let gpu = Gpu::take().expect("a driver");
+        let layout = RowLayout::contiguous(DType::F32, 1, 31);
+        let x = Operand::new(&gpu, layout, 0, Some(&[1.0; 31]));
+        let weight = Vector::new(&gpu, &[1.0; 31], 0);
+        let mut out = Operand::new(&gpu, layout, 0, None);
+        let params = NormParams {
+            x: x.rows().address() as *const _,
+            bias: std::ptr::null(),
+            residual: std::ptr::null_mut(),
+            weight: weight.view().address() as *const _,
+            out: out.rows_mut().address() as *mut _,
+            x_stride: 31,
+            residual_stride: 0,
+            out_stride: 31,
+            rows: 1,
+            cols: 32,
+            eps: EPS,
+            aligned: 0,
+        };
+        let kernel = gpu.kernels.get("rms_norm_f32").expect("a kernel");
+        // SAFETY: it is not: the virtual GPU is to say so.
+        unsafe { gpu.stream.launch(kernel, Launch::linear(1, 32), &params) }.expect("it starts");
+        let Err(Error::Driver(error)) = gpu.stream.synchronize() else {
+            panic!("an error of the driver");
+        };
+        println!("sticky {}, {error}", error.sticky);
+        for finding in gpu.driver.findings() {
+            println!("finding: {finding}");
+        }
+        assert!(gpu.pool.buffer(16).is_err(), "the context is lost");
+    });
+    // In the child, whose output this is, there is nothing more to see.
+    let Some(words) = words else { return };
+    let finding = words.lines().find(|line| line.starts_with("finding: "));
+    let finding = finding.unwrap_or_else(|| panic!("no finding in {words}"));
+    for part in [
+        "out-of-bounds",
+        "a read of 4 bytes: 0 bytes beyond",
+        "rms_norm_f32",
+        "pack.cuh:",
+    ] {
+        assert!(finding.contains(part), "{part} in {finding}");
+    }
+    assert!(words.contains("sticky true"), "{words}");
+    assert!(
+        words.contains("CUDA_ERROR_ILLEGAL_ADDRESS (700)"),
+        "{words}"
+    );
 }

@@ -57,7 +57,10 @@ impl Graph {
         // SAFETY: both are alive.
         let code = unsafe { sys::cuGraphUpload(self.exec, stream.raw()) };
         check(code, "cuGraphUpload", || {
-            format!("uploading a graph to CUDA device {}", self.context.ordinal())
+            format!(
+                "uploading a graph to CUDA device {}",
+                self.context.ordinal()
+            )
         })
     }
 
@@ -73,7 +76,10 @@ impl Graph {
         // SAFETY: both are alive; the caller vouches for what the kernels do.
         let code = unsafe { sys::cuGraphLaunch(self.exec, stream.raw()) };
         check(code, "cuGraphLaunch", || {
-            format!("replaying a graph on CUDA device {}", self.context.ordinal())
+            format!(
+                "replaying a graph on CUDA device {}",
+                self.context.ordinal()
+            )
         })
     }
 }
@@ -85,7 +91,10 @@ impl Drop for Graph {
         };
         if !self.exec.is_null() {
             // SAFETY: made here and not destroyed before.
-            check_in_drop(unsafe { sys::cuGraphExecDestroy(self.exec) }, "cuGraphExecDestroy");
+            check_in_drop(
+                unsafe { sys::cuGraphExecDestroy(self.exec) },
+                "cuGraphExecDestroy",
+            );
         }
         if !self.graph.is_null() {
             // SAFETY: as above.

@@ -23,6 +23,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Set for the tests that run on the real driver.
 const REAL: &str = "RINGTP_TEST_ON_REAL_DRIVER";
 
+/// Set for the tests that run once more on the virtual one.
+const AGAIN: &str = "RINGTP_TEST_AGAIN";
+/// Set for the process of [`in_a_child`].
+const CHILD: &str = "RINGTP_TEST_IN_A_CHILD";
+
 type TakeFindings = unsafe extern "C" fn(*mut c_char, usize, *mut usize) -> u32;
 
 /// A function that the loaded driver has only if it is the virtual one.
@@ -145,10 +150,14 @@ fn real_driver() -> Option<PathBuf> {
         .find(|file| file.exists())
 }
 
+fn program() -> PathBuf {
+    std::env::current_exe().expect("a running program has a path")
+}
+
 /// Runs the other tests of this file on the real driver; the body of
 /// [`also_on_a_real_driver!`].
 pub fn run_again_on_a_real_driver(this: &str) {
-    if std::env::var_os(REAL).is_some() {
+    if std::env::var_os(REAL).is_some() || std::env::var_os(AGAIN).is_some() {
         return;
     }
     let driver = match (choice(), real_driver()) {
@@ -171,9 +180,8 @@ pub fn run_again_on_a_real_driver(this: &str) {
     paths.retain(|directory| *directory != own);
     paths.extend(driver.parent().map(PathBuf::from));
     let paths = std::env::join_paths(paths).expect("paths without colons");
-    let program = std::env::current_exe().expect("a running program has a path");
     println!("again on {}", driver.display());
-    let status = Command::new(program)
+    let status = Command::new(program())
         .args(["--skip", this, "--test-threads=1", "--nocapture"])
         .env("LD_LIBRARY_PATH", paths)
         .env(REAL, "1")
@@ -182,13 +190,71 @@ pub fn run_again_on_a_real_driver(this: &str) {
     assert!(status.success(), "on the real driver: {status}");
 }
 
+/// Runs the other tests of this file again on virtual GPUs of every other architecture, each with
+/// a scheduler's seed of its own; the body of [`also_on_every_architecture!`].
+pub fn run_again_on_every_architecture(this: &str) {
+    if std::env::var_os(REAL).is_some() || std::env::var_os(AGAIN).is_some() {
+        return;
+    }
+    if choice() == Choice::Real {
+        println!("SKIPPED: on virtual GPUs, since RINGTP_DRIVER=real");
+        return;
+    }
+    for arch in ["80", "100", "120"] {
+        let status = Command::new(program())
+            .args(["--skip", this, "--test-threads=1"])
+            .env("VGPU_ARCH", arch)
+            .env("VGPU_SEED", arch)
+            .env(AGAIN, "1")
+            .status()
+            .expect("the tests start again");
+        assert!(
+            status.success(),
+            "on a virtual GPU of architecture {arch}: {status}"
+        );
+    }
+}
+
+/// Runs `body` in a process of its own, for a test that loses the context: this process starts
+/// test `this` again, where `body` runs, and gets what it printed.
+pub fn in_a_child(this: &str, body: impl FnOnce()) -> Option<String> {
+    if std::env::var_os(CHILD).is_some() {
+        body();
+        return None;
+    }
+    let output = Command::new(program())
+        .args([this, "--exact", "--nocapture", "--test-threads=1"])
+        .env(CHILD, "1")
+        .output()
+        .expect("the test starts again");
+    let words = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "{}\n{words}\n{errors}",
+        output.status
+    );
+    Some(words)
+}
+
+/// A test that runs the file's other tests on virtual GPUs of every architecture.
+#[macro_export]
+macro_rules! also_on_every_architecture {
+    () => {
+        #[test]
+        fn also_on_every_architecture() {
+            ::test_driver::run_again_on_every_architecture("also_on_");
+        }
+    };
+}
+
 /// A test that runs the file's other tests on this machine's own driver, where there is one.
 #[macro_export]
 macro_rules! also_on_a_real_driver {
     () => {
         #[test]
         fn also_on_a_real_driver() {
-            ::test_driver::run_again_on_a_real_driver("also_on_a_real_driver");
+            ::test_driver::run_again_on_a_real_driver("also_on_");
         }
     };
 }
