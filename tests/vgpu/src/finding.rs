@@ -141,6 +141,42 @@ pub enum Reason {
     MixedSizes,
 }
 
+impl Reason {
+    /// Every reason there is.
+    pub const ALL: [Reason; 12] = [
+        Reason::Unordered,
+        Reason::NonCoherent,
+        Reason::FlagRelaxed,
+        Reason::FenceElsewhere,
+        Reason::ReleaseTooNarrow,
+        Reason::AcquireTooNarrow,
+        Reason::FlagReadRelaxed,
+        Reason::FlagReadWeakly,
+        Reason::FlagWrittenWeakly,
+        Reason::VectorElements,
+        Reason::ScopeTooNarrow,
+        Reason::MixedSizes,
+    ];
+
+    /// A name for tests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::Unordered => "unordered",
+            Reason::NonCoherent => "non-coherent",
+            Reason::FlagRelaxed => "flag-relaxed",
+            Reason::FenceElsewhere => "fence-elsewhere",
+            Reason::ReleaseTooNarrow => "release-too-narrow",
+            Reason::AcquireTooNarrow => "acquire-too-narrow",
+            Reason::FlagReadRelaxed => "flag-read-relaxed",
+            Reason::FlagReadWeakly => "flag-read-weakly",
+            Reason::FlagWrittenWeakly => "flag-written-weakly",
+            Reason::VectorElements => "vector-elements",
+            Reason::ScopeTooNarrow => "scope-too-narrow",
+            Reason::MixedSizes => "mixed-sizes",
+        }
+    }
+}
+
 /// One report of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {

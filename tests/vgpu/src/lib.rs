@@ -8,6 +8,7 @@ mod driver;
 pub mod fatbin;
 pub mod finding;
 pub mod isa;
+pub mod litmus;
 pub mod loader;
 pub mod lowering;
 pub mod machine;

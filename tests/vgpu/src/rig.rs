@@ -11,20 +11,35 @@ use crate::program::Kernel;
 use crate::ptx::ast::Module;
 use crate::race::LaunchClock;
 
-/// A machine and a stream of its device 0.
+/// A machine and a stream of each of its devices.
 pub struct Rig {
     /// The machine.
     pub machine: Machine,
-    /// The stream everything goes into.
+    /// The stream of device 0, into which everything goes that names no other.
     pub stream: StreamId,
+    /// The streams of all devices.
+    pub streams: Vec<StreamId>,
 }
 
 impl Rig {
-    /// With this configuration.
+    /// With this configuration. Every device has peer access to every other that it can reach.
     pub fn new(config: Config) -> Self {
+        let devices = config.devices;
         let mut machine = Machine::new(config);
-        let stream = machine.create_stream(0);
-        Self { machine, stream }
+        let streams: Vec<StreamId> = (0..devices).map(|d| machine.create_stream(d)).collect();
+        let links = &mut machine.world.memory.links;
+        for from in 0..devices {
+            for to in 0..devices {
+                if links.can_access(from, to) {
+                    links.enable(from, to, true);
+                }
+            }
+        }
+        Self {
+            machine,
+            stream: streams[0],
+            streams,
+        }
     }
 
     /// Loads a parsed module.
@@ -65,11 +80,24 @@ impl Rig {
         dynamic_shared: u32,
         params: &[u8],
     ) {
+        self.launch_on(0, kernel, grid, block, dynamic_shared, params);
+    }
+
+    /// The same on another device.
+    pub fn launch_on(
+        &mut self,
+        device: u32,
+        kernel: &Arc<Kernel>,
+        grid: [u32; 3],
+        block: [u32; 3],
+        dynamic_shared: u32,
+        params: &[u8],
+    ) {
         let mut bytes = params.to_vec();
         bytes.resize(kernel.param_bytes as usize, 0);
         let launch = Launch {
             id: 0,
-            device: 0,
+            device,
             kernel: kernel.clone(),
             grid,
             block,
@@ -80,8 +108,10 @@ impl Rig {
             multiprocessors: 0,
             clock: LaunchClock::default(),
         };
-        self.machine
-            .enqueue(self.stream, Command::Kernel(Box::new(launch)));
+        self.machine.enqueue(
+            self.streams[device as usize],
+            Command::Kernel(Box::new(launch)),
+        );
     }
 
     /// Runs until there is nothing left to do.
@@ -97,8 +127,11 @@ impl Rig {
                 }
             }
         }
-        self.machine.host_synchronised(self.stream);
-        match self.machine.devices[0].fault.take() {
+        for &stream in &self.streams {
+            self.machine.host_synchronised(stream);
+        }
+        let devices = &mut self.machine.devices;
+        match devices.iter_mut().find_map(|device| device.fault.take()) {
             Some(fault) => Err(fault),
             None => Ok(()),
         }

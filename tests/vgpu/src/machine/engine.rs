@@ -39,6 +39,9 @@ pub struct Config {
     pub seed: u64,
     /// Operations of a warp that one launch may take before it is ended as one that never will.
     pub launch_budget: u64,
+    /// Operations of a warp after which it is another's turn, at most: few for the finest
+    /// interleaving, more for speed.
+    pub longest_turn: u32,
     /// The checks that are on.
     pub checks: Vec<Kind>,
     /// What lies between the devices.
@@ -54,6 +57,7 @@ impl Default for Config {
             arch: 90,
             seed: 0,
             launch_budget: 2_000_000_000,
+            longest_turn: 512,
             checks: Kind::ALL.to_vec(),
             topology: Topology::default(),
             stale: Stale::default(),
@@ -677,7 +681,12 @@ impl Machine {
             };
         };
         // Short and long turns both occur: the first shake out orders, the second save time.
-        let budget = 1 << (4 + self.random() % 6);
+        let longest = self.world.config.longest_turn;
+        let budget = if longest < 16 {
+            1 + (self.random() >> 32) as u32 % longest.max(1)
+        } else {
+            longest.min(1 << (4 + self.random() % 6))
+        };
         let result = self.run_warp(b, w, budget, false);
         if let Err(fault) = result {
             let device = self.resident[b].launch.device;

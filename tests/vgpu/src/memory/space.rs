@@ -514,7 +514,8 @@ struct Moved<'a> {
 }
 
 /// Race checks and history of one lane's access to a region. If a strong load gets older values
-/// than memory holds, those.
+/// than memory holds, those; if a strong store comes before others in coherence order, what
+/// memory holds after it.
 #[inline(always)]
 fn check_race(
     cx: &mut Cx,
@@ -568,7 +569,8 @@ fn check_race(
                 if let Some(value) = flags.access(&mut memory.race, &mut agent, notes, flag) {
                     let all = stale.get_or_insert_with(|| {
                         let mut bytes = [0; 32];
-                        bytes[..moved.old.len()].copy_from_slice(moved.old);
+                        let newest = moved.new.unwrap_or(moved.old);
+                        bytes[..newest.len()].copy_from_slice(newest);
                         bytes
                     });
                     let (at, n) = (at as usize, access.element as usize);
@@ -1002,7 +1004,8 @@ fn store_one(
             atomic: false,
         });
     }
-    check_race(cx, access, lane, base, at as u32, doing, moved);
+    let kept = check_race(cx, access, lane, base, at as u32, doing, moved);
+    let new = kept.as_ref().map_or(new, |kept| &kept[..n]);
     let Some(region) = region_at(cx, base) else {
         return;
     };

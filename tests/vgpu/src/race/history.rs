@@ -57,6 +57,8 @@ struct Write {
     known: Known,
     /// The release patterns that it ends, or hands on.
     releases: Vec<Arc<Release>>,
+    /// A read-modify-write: nothing comes between it and the write before.
+    modifies: bool,
     /// Why it releases nothing, and a fence that should have been here.
     flaw: Option<(Reason, u32)>,
     /// Who read it: a warp at a time.
@@ -81,6 +83,7 @@ impl Write {
             scope: Some(Scope::Sys),
             known,
             releases: Vec::new(),
+            modifies: false,
             flaw: None,
             seen: Vec::new(),
             seen_by_all: false,
@@ -223,7 +226,8 @@ impl Flags {
     }
 
     /// A strong access of one lane, after its race check and before memory changes. If a load
-    /// gets an older value than memory holds, that.
+    /// gets an older value than memory holds, that; if a store comes before another one in
+    /// coherence order, the value that memory keeps.
     pub fn access(
         &mut self,
         race: &mut Race,
@@ -257,11 +261,22 @@ impl Flags {
             }
             history.observe(race, agent, notes, taken, &access);
         }
-        if let Some(value) = access.new {
-            let write = history.write(race, agent, notes, value, &access);
+        let Some(value) = access.new else {
+            return (taken != newest).then(|| history.writes[taken].value);
+        };
+        let place = if access.modifies || access.raced {
+            newest + 1
+        } else {
+            history.place(race, agent)
+        };
+        let write = history.write(race, agent, notes, value, &access);
+        if place > newest {
             history.push(write);
+            return None;
         }
-        (taken != newest).then(|| history.writes[taken].value)
+        let kept = history.writes[newest].value;
+        history.insert(place, write);
+        Some(kept)
     }
 
     /// The first strong write to a word: what was there before is its oldest value.
@@ -284,11 +299,40 @@ impl Flags {
 
 impl History {
     fn push(&mut self, write: Write) {
+        self.insert(self.writes.len(), write);
+        self.stale = 0;
+    }
+
+    fn insert(&mut self, mut place: usize, write: Write) {
         if self.writes.len() == MOST_WRITES {
             self.writes.remove(0);
+            place = place.saturating_sub(1);
         }
-        self.writes.push(write);
-        self.stale = 0;
+        self.writes.insert(place, write);
+    }
+
+    /// The oldest write that a lane may still read.
+    fn oldest(&self, race: &Race, agent: &Agent) -> usize {
+        let hides = |&i: &usize| self.writes[i].hides(race, agent);
+        (0..self.writes.len()).rev().find(hides).unwrap_or(0)
+    }
+
+    /// Where in coherence order a store comes: mostly last, else anywhere after what its thread
+    /// knows of, but not between a read-modify-write and what that has read.
+    fn place(&self, race: &mut Race, agent: &Agent) -> usize {
+        let end = self.writes.len();
+        if race.stale == Stale::Newest {
+            return end;
+        }
+        let first = self.oldest(race, agent) + 1;
+        if first == end || race.random() & 3 != 0 {
+            return end;
+        }
+        let place = first + (race.random() >> 32) as usize % (end - first);
+        if self.writes[place].modifies {
+            return end;
+        }
+        place
     }
 
     /// The write that a load of the lane reads.
@@ -297,10 +341,7 @@ impl History {
         if race.stale == Stale::Newest || self.stale >= MOST_STALE {
             return newest;
         }
-        let oldest = (0..=newest)
-            .rev()
-            .find(|&i| self.writes[i].hides(race, agent))
-            .unwrap_or(0);
+        let oldest = self.oldest(race, agent);
         if oldest == newest {
             return newest;
         }
@@ -425,6 +466,7 @@ impl History {
             scope: Some(access.scope),
             known: Known::ByEpoch,
             releases,
+            modifies: access.modifies,
             flaw,
             seen: Vec::new(),
             seen_by_all: false,
