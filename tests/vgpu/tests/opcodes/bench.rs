@@ -1,7 +1,58 @@
 //! A kernel around one instruction.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+use vgpu::finding::{Fault, Finding};
 use vgpu::machine::Config;
 use vgpu::rig::Rig;
+
+/// An instruction's name, its modifiers without their order.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Form {
+    pub(crate) opcode: String,
+    modifiers: Vec<String>,
+}
+
+impl Form {
+    pub(crate) fn of(name: &str) -> Self {
+        let mut parts = name.split('.').map(str::to_owned);
+        let opcode = parts.next().unwrap_or_default();
+        let mut modifiers: Vec<String> = parts.collect();
+        modifiers.sort();
+        Self { opcode, modifiers }
+    }
+}
+
+thread_local! {
+    static RECORDING: RefCell<Option<BTreeSet<Form>>> = const { RefCell::new(None) };
+}
+
+/// The forms that these tests compare with a reference. [`check`] only notes what it would run
+/// (it runs where the tests stand); tests that look at results themselves run in full.
+pub(crate) fn recorded(tests: &[&[fn()]]) -> BTreeSet<Form> {
+    RECORDING.with_borrow_mut(|r| *r = Some(BTreeSet::new()));
+    tests.iter().copied().flatten().for_each(|test| test());
+    RECORDING.with_borrow_mut(Option::take).unwrap_or_default()
+}
+
+/// Notes the instructions of some PTX text; whether anybody is interested.
+pub(crate) fn note(text: &str) -> bool {
+    RECORDING.with_borrow_mut(|recording| {
+        let Some(forms) = recording else { return false };
+        for statement in text.split([';', '{', '}', '\n']) {
+            // Labels and guards stand before it.
+            let name = statement
+                .split_whitespace()
+                .find(|word| !word.starts_with('@') && !word.ends_with(':'))
+                .unwrap_or_default();
+            if name.starts_with(|c: char| c.is_ascii_lowercase()) {
+                forms.insert(Form::of(name));
+            }
+        }
+        true
+    })
+}
 
 /// A type of a register: its PTX name, and its size in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +144,13 @@ pub(crate) fn operands(sizes: &[usize], random: usize) -> Vec<Vec<u64>> {
     if sizes == [2] {
         return (0..1 << 16).map(|v| vec![v]).collect();
     }
+    if sizes == [2, 2] {
+        // Every value on either side, against a few of each kind on the other.
+        for other in [0, 1, 0x7fff, 0x8000, 0xffff, 0x3c00, 0x83c1, 0xff80] {
+            list.extend((0..1 << 16).map(|v| vec![v, other]));
+            list.extend((0..1 << 16).map(|v| vec![other, v]));
+        }
+    }
     let combinations: usize = edge_lists.iter().map(Vec::len).product();
     let stride = (combinations / 4096).max(1) | 1;
     for number in (0..combinations).step_by(stride) {
@@ -135,6 +193,7 @@ pub(crate) fn operands(sizes: &[usize], random: usize) -> Vec<Vec<u64>> {
 
 /// Runs `body` (which reads `%a`, `%b`, `%c` and writes `%d`) for each tuple of operands.
 pub(crate) fn run(body: &str, d: Ty, sources: &[Ty], tuples: &[Vec<u64>]) -> Vec<u64> {
+    note(body);
     let names = ["%a", "%b", "%c", "%e", "%f"];
     let mut text = String::from(
         ".version 8.7\n.target sm_90\n.address_size 64\n\
@@ -204,6 +263,13 @@ pub(crate) fn check(
     reference: impl Fn(&[u64]) -> Option<u64>,
 ) {
     let sizes: Vec<usize> = sources.iter().map(|s| s.1).collect();
+    if sizes == [2, 2] && std::env::var_os("VGPU_EXHAUSTIVE").is_some() {
+        // All 2^32 pairs: some minutes for each instruction.
+        for a in 0..1 << 16 {
+            let tuples: Vec<Vec<u64>> = (0..1 << 16).map(|b| vec![a, b]).collect();
+            check_on_all(instruction, d, sources, &tuples, &reference);
+        }
+    }
     check_on(instruction, d, sources, &operands(&sizes, 3000), reference);
 }
 
@@ -215,6 +281,20 @@ pub(crate) fn check_on(
     tuples: &[Vec<u64>],
     reference: impl Fn(&[u64]) -> Option<u64>,
 ) {
+    if note(instruction) {
+        return;
+    }
+    let compared = check_on_all(instruction, d, sources, tuples, &reference);
+    assert!(compared > 0, "{instruction}: nothing was compared");
+}
+
+fn check_on_all(
+    instruction: &str,
+    d: Ty,
+    sources: &[Ty],
+    tuples: &[Vec<u64>],
+    reference: &impl Fn(&[u64]) -> Option<u64>,
+) -> usize {
     let out = run(instruction, d, sources, tuples);
     let mut compared = 0;
     for (tuple, &found) in tuples.iter().zip(&out) {
@@ -227,11 +307,129 @@ pub(crate) fn check_on(
             compared += 1;
         }
     }
-    assert!(compared > 0, "{instruction}: nothing was compared");
+    compared
 }
 
 /// `op d, a, b` with as many sources as there are.
 pub(crate) fn plain(opcode: &str, n: usize) -> String {
     let list = ["%d", "%a", "%b", "%c", "%e", "%f"];
     format!("{opcode} {};", list[..=n].join(", "))
+}
+
+/// What a kernel came to.
+pub(crate) struct Outcome {
+    pub(crate) out: Vec<u8>,
+    pub(crate) result: Result<(), Fault>,
+    pub(crate) findings: Vec<Finding>,
+    pub(crate) printed: String,
+}
+
+impl Outcome {
+    /// The output as values.
+    pub(crate) fn values<T: bytemuck::Pod>(&self) -> Vec<T> {
+        bytemuck::pod_collect_to_vec(&self.out)
+    }
+
+    /// It ran, and the checks found nothing.
+    pub(crate) fn clean(self) -> Self {
+        let words: Vec<String> = self.findings.iter().map(ToString::to_string).collect();
+        assert!(words.is_empty(), "{words:#?}");
+        self.result.expect("the kernel runs");
+        self
+    }
+}
+
+/// A kernel of one's own, and the block or grid that runs it.
+///
+/// The body finds `%out` and `%in`, the addresses of the output and the input, `%t`, the number
+/// of its thread in the grid, and registers to use: `%h` of 16 bits, `%r` of 32, `%d` of 64,
+/// `%p` predicates, sixty-four of each.
+pub(crate) struct Program<'a> {
+    /// What stands before the kernel.
+    pub(crate) module: &'a str,
+    pub(crate) body: &'a str,
+    pub(crate) grid: [u32; 3],
+    pub(crate) block: [u32; 3],
+    pub(crate) dynamic_shared: u32,
+    pub(crate) input: &'a [u8],
+    /// Bytes of the output, zero at first.
+    pub(crate) output: usize,
+    pub(crate) config: Config,
+}
+
+impl<'a> Program<'a> {
+    /// One warp.
+    pub(crate) fn new(body: &'a str, input: &'a [u8], output: usize) -> Self {
+        Self {
+            module: "",
+            body,
+            grid: [1, 1, 1],
+            block: [32, 1, 1],
+            dynamic_shared: 0,
+            input,
+            output,
+            config: Config::default(),
+        }
+    }
+
+    pub(crate) fn threads(self, threads: u32) -> Self {
+        Self {
+            block: [threads.min(256), 1, 1],
+            grid: [threads.div_ceil(256), 1, 1],
+            ..self
+        }
+    }
+
+    pub(crate) fn text(&self) -> String {
+        format!(
+            ".version 8.7\n.target sm_90\n.address_size 64\n{}\n\
+             .visible .entry k(.param .u64 out, .param .u64 in, .param .u32 five,\n\
+             .param .align 32 .b8 extra[64])\n{{\n\
+             .reg .b64 %out, %in; .reg .b32 %t, %block; .reg .pred %p<64>;\n\
+             .reg .b16 %h<64>; .reg .b32 %r<64>; .reg .b64 %d<64>;\n\
+             ld.param.u64 %out, [out]; ld.param.u64 %in, [in];\n\
+             mov.u32 %t, %ctaid.x; mov.u32 %block, %ntid.x; mul.lo.u32 %t, %t, %block;\n\
+             mov.u32 %block, %tid.x; add.u32 %t, %t, %block;\n{}\nret;\n}}\n",
+            self.module, self.body
+        )
+    }
+
+    pub(crate) fn run(self) -> Outcome {
+        note(self.body);
+        note(self.module);
+        let text = self.text();
+        let module = vgpu::ptx::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+        let mut rig = Rig::new(self.config);
+        let loaded = rig.load(&module).unwrap_or_else(|e| panic!("{e}\n{text}"));
+        let input = rig.upload(self.input);
+        let output = rig.upload(&vec![0; self.output]);
+        let mut params = Vec::new();
+        params.extend(output.to_le_bytes());
+        params.extend(input.to_le_bytes());
+        params.extend(5u32.to_le_bytes());
+        params.resize(32, 0);
+        params.extend(extra_parameters());
+        let kernel = &loaded.kernels["k"];
+        rig.launch(kernel, self.grid, self.block, self.dynamic_shared, &params);
+        let result = rig.synchronise();
+        let out = rig.download(output, self.output);
+        let printed = String::from_utf8_lossy(&rig.machine.world.output).into_owned();
+        Outcome {
+            out,
+            result,
+            findings: rig.findings(),
+            printed,
+        }
+    }
+}
+
+/// Bytes without a pattern.
+pub(crate) fn noise(bytes: usize) -> Vec<u8> {
+    let mut r = Random(0xb17e5);
+    (0..bytes).map(|_| r.next() as u8).collect()
+}
+
+/// The bytes of the parameter `extra`.
+pub(crate) fn extra_parameters() -> Vec<u8> {
+    noise(64).into_iter().map(|b| b ^ 0x5a).collect()
 }

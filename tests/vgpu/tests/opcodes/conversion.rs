@@ -33,7 +33,6 @@ fn limits(bytes: usize, signed: bool) -> (i128, i128) {
     }
 }
 
-#[test]
 fn integers_are_extended_truncated_and_saturated() {
     for (to, to_bytes, to_signed) in INTEGERS {
         for (from, from_bytes, from_signed) in INTEGERS {
@@ -98,7 +97,6 @@ fn to_integers<F: Float>(name: &str, ty: Ty) {
     }
 }
 
-#[test]
 fn floats_become_integers_in_every_rounding() {
     to_integers::<Half>("f16", B16);
     to_integers::<BFloat>("bf16", B16);
@@ -119,7 +117,6 @@ fn from_integers<F: Float>(name: &str, ty: Ty) {
     }
 }
 
-#[test]
 fn integers_become_floats_in_every_rounding() {
     from_integers::<Half>("f16", B16);
     from_integers::<Single>("f32", B32);
@@ -153,7 +150,6 @@ where
     }
 }
 
-#[test]
 fn floats_become_wider_and_narrower() {
     let (f16, bf16) = (("f16", B16), ("bf16", B16));
     let (f32, f64) = (("f32", B32), ("f64", B64));
@@ -168,7 +164,6 @@ fn floats_become_wider_and_narrower() {
     between::<Double, Half>(f64, f16, Some(0x7fff), true);
 }
 
-#[test]
 fn floats_round_to_whole_numbers() {
     for (mode, round) in MODES {
         check(&format!("cvt.r{mode}i.f32.f32 %d, %a;"), B32, &[B32], |v| {
@@ -199,7 +194,6 @@ fn floats_round_to_whole_numbers() {
     });
 }
 
-#[test]
 fn two_singles_become_two_halves_the_first_one_high() {
     fn narrow<F: Float>(bits: u64, round: Round) -> u64
     where
@@ -255,7 +249,6 @@ fn eight(code: u8, exponent: u32, mantissa: u32, bias: i32) -> f64 {
     if code & 0x80 != 0 { -value } else { value }
 }
 
-#[test]
 fn eight_bit_floats_are_the_nearest_of_their_values() {
     for (name, exponent, mantissa, bias, largest) in
         [("e4m3x2", 4, 3, 7, 0x7e), ("e5m2x2", 5, 2, 15, 0x7b)]
@@ -302,7 +295,6 @@ fn eight_bit_floats_are_the_nearest_of_their_values() {
     }
 }
 
-#[test]
 fn tf32_keeps_ten_bits() {
     check("cvt.rna.tf32.f32 %d, %a;", B32, &[B32], |v| {
         let x = f32::from_bits(v[0] as u32);
@@ -314,7 +306,6 @@ fn tf32_keeps_ten_bits() {
     });
 }
 
-#[test]
 fn integers_are_packed_with_saturation() {
     for (name, bytes, signed) in [("u16", 2, false), ("s16", 2, true)] {
         let (low, high) = limits(bytes, signed);
@@ -337,3 +328,15 @@ fn integers_are_packed_with_saturation() {
         });
     }
 }
+
+tests![
+    integers_are_extended_truncated_and_saturated,
+    floats_become_integers_in_every_rounding,
+    integers_become_floats_in_every_rounding,
+    floats_become_wider_and_narrower,
+    floats_round_to_whole_numbers,
+    two_singles_become_two_halves_the_first_one_high,
+    eight_bit_floats_are_the_nearest_of_their_values,
+    tf32_keeps_ten_bits,
+    integers_are_packed_with_saturation
+];

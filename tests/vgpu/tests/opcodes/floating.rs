@@ -33,6 +33,17 @@ fn arithmetic<F: Float>(ty: Ty, name: &str, rounds: &[(&str, Round)], nan: Optio
         // Doubles keep the payload of some operand: any NaN will do.
         None => (!value.is_nan()).then(|| value.to_bits() as u64),
     };
+    // Without a word it is rounded to nearest.
+    for op in ["add", "sub", "mul"] {
+        check(&plain(&format!("{op}.{name}"), 2), ty, &[ty, ty], |v| {
+            let (a, b) = (of::<F>(v[0]), of::<F>(v[1]));
+            result(match op {
+                "add" => (a + b).value,
+                "sub" => (a - b).value,
+                _ => (a * b).value,
+            })
+        });
+    }
     for &(suffix, round) in rounds {
         let opcode = |op: &str| plain(&format!("{op}.{suffix}.{name}"), 2);
         check(&opcode("add"), ty, &[ty, ty], |v| {
@@ -60,23 +71,19 @@ fn arithmetic<F: Float>(ty: Ty, name: &str, rounds: &[(&str, Round)], nan: Optio
     }
 }
 
-#[test]
 fn singles_in_every_rounding() {
     arithmetic::<Single>(B32, "f32", &ROUNDS, Some(0x7fff_ffff));
 }
 
-#[test]
 fn doubles_in_every_rounding() {
     arithmetic::<Double>(B64, "f64", &ROUNDS, None);
 }
 
-#[test]
 fn halves_round_once() {
     arithmetic::<Half>(B16, "f16", &ROUNDS[..1], Some(0x7fff));
     arithmetic::<BFloat>(B16, "bf16", &ROUNDS[..1], Some(0x7fff));
 }
 
-#[test]
 fn packed_halves_are_two_halves() {
     fn two<F: Float>(v: &[u64], op: impl Fn(&[F]) -> F) -> Option<u64> {
         let half = |shift: u32| {
@@ -152,9 +159,15 @@ fn single(bits: u64) -> f32 {
     f32::from_bits(bits as u32)
 }
 
-#[test]
 fn subnormals_are_flushed_and_results_clamped_when_told_to() {
     let f = |v: &[u64], n: usize| flush(single(v[n]));
+    let clamp = |x: f32| {
+        if x.is_nan() {
+            0.0
+        } else {
+            x.clamp(0.0, 1.0) + 0.0
+        }
+    };
     check(&plain("add.ftz.f32", 2), B32, &[B32, B32], |v| {
         bits(flush(f(v, 0) + f(v, 1)))
     });
@@ -167,16 +180,44 @@ fn subnormals_are_flushed_and_results_clamped_when_told_to() {
     check(&plain("abs.ftz.f32", 1), B32, &[B32], |v| {
         Some(u64::from(f(v, 0).to_bits() & 0x7fff_ffff))
     });
-    check(&plain("setp.eq.ftz.f32", 2), PRED, &[B32, B32], |v| {
-        Some((f(v, 0) == f(v, 1)).into())
+    for rn in ["", ".rn"] {
+        check(&plain(&format!("mul{rn}.ftz.f32"), 2), B32, &[B32, B32], |v| {
+            bits(flush(f(v, 0) * f(v, 1)))
+        });
+        check(&plain(&format!("sub{rn}.ftz.f32"), 2), B32, &[B32, B32], |v| {
+            bits(flush(f(v, 0) - f(v, 1)))
+        });
+    }
+    check(&plain("neg.ftz.f32", 1), B32, &[B32], |v| {
+        Some(u64::from(f(v, 0).to_bits() ^ 0x8000_0000))
     });
-    let clamp = |x: f32| {
-        if x.is_nan() {
-            0.0
-        } else {
-            x.clamp(0.0, 1.0) + 0.0
-        }
-    };
+    check(&plain("sqrt.rn.ftz.f32", 1), B32, &[B32], |v| {
+        bits(flush(f(v, 0).sqrt()))
+    });
+    check(&plain("div.rn.ftz.f32", 2), B32, &[B32, B32], |v| {
+        bits(flush(f(v, 0) / f(v, 1)))
+    });
+    type Holds = fn(f32, f32) -> bool;
+    let comparisons: [(&str, Holds); 6] = [
+        ("eq", |a, b| a == b),
+        ("lt", |a, b| a < b),
+        ("gt", |a, b| a > b),
+        ("equ", |a, b| a == b || a.is_nan() || b.is_nan()),
+        ("neu", |a, b| a != b),
+        ("nan", |a, b| a.is_nan() || b.is_nan()),
+    ];
+    for (name, holds) in comparisons {
+        let opcode = format!("setp.{name}.ftz.f32");
+        check(&plain(&opcode, 2), PRED, &[B32, B32], |v| {
+            Some(holds(f(v, 0), f(v, 1)).into())
+        });
+    }
+    check(&plain("mul.sat.f32", 2), B32, &[B32, B32], |v| {
+        bits(clamp(single(v[0]) * single(v[1])))
+    });
+    check(&plain("add.ftz.sat.f32", 2), B32, &[B32, B32], |v| {
+        bits(clamp(flush(f(v, 0) + f(v, 1))))
+    });
     check(&plain("add.sat.f32", 2), B32, &[B32, B32], |v| {
         bits(clamp(single(v[0]) + single(v[1])))
     });
@@ -185,7 +226,6 @@ fn subnormals_are_flushed_and_results_clamped_when_told_to() {
     });
 }
 
-#[test]
 fn extremes_prefer_numbers_and_order_zeros() {
     // Ordered as integers: the trick that every total order of floats rests on.
     let key = |b: u64| {
@@ -250,6 +290,38 @@ fn extremes_prefer_numbers_and_order_zeros() {
                 },
             );
         }
+        check(&plain(&format!("{name}.ftz.f32"), 2), B32, &[B32, B32], |v| {
+            let flushed = |bits: u64| u64::from(flush(single(bits)).to_bits());
+            choose(&[flushed(v[0]), flushed(v[1])], false)
+        });
+        // Two halves, and with `.NaN`.
+        for (half, bf16) in [("f16x2", false), ("bf16x2", true)] {
+            for nan in [false, true] {
+                let opcode = format!("{name}{}.{half}", if nan { ".NaN" } else { "" });
+                check(&plain(&opcode, 2), B32, &[B32, B32], |v| {
+                    let wide = |b: u64| {
+                        let x = if bf16 {
+                            half::bf16::from_bits(b as u16).to_f32()
+                        } else {
+                            half::f16::from_bits(b as u16).to_f32()
+                        };
+                        u64::from(x.to_bits())
+                    };
+                    let one = |shift: u32| {
+                        let (a, b) = (v[0] >> shift & 0xffff, v[1] >> shift & 0xffff);
+                        let best = choose(&[wide(a), wide(b)], nan)?;
+                        Some(if single(best).is_nan() {
+                            0x7fff
+                        } else if best == wide(a) {
+                            a
+                        } else {
+                            b
+                        })
+                    };
+                    Some(one(16)? << 16 | one(0)?)
+                });
+            }
+        }
         check(
             &plain(&format!("{name}.xorsign.abs.f32"), 2),
             B32,
@@ -266,7 +338,6 @@ fn extremes_prefer_numbers_and_order_zeros() {
     }
 }
 
-#[test]
 fn roots_round_correctly() {
     // r is the root rounded down exactly if r * r <= a < next(r)^2, exactly, in integers.
     fn floor_root(a: u128) -> u128 {
@@ -382,7 +453,6 @@ fn compare((a, e): (u128, i32), (b, f): (u128, i32)) -> std::cmp::Ordering {
 type Holds = fn(f64, f64) -> bool;
 
 // Written as the ISA words them, from the ordered comparisons alone.
-#[test]
 #[allow(clippy::double_comparisons, clippy::neg_cmp_op_on_partial_ord)]
 fn comparisons_know_of_nan() {
     let names: [(&str, Holds); 14] = [
@@ -440,7 +510,6 @@ fn comparisons_know_of_nan() {
     }
 }
 
-#[test]
 fn signs_and_properties() {
     check(&plain("copysign.f32", 2), B32, &[B32, B32], |v| {
         Some((v[0] & 0x8000_0000) | (v[1] & 0x7fff_ffff))
@@ -452,6 +521,8 @@ fn signs_and_properties() {
         Some(v[0] & 0x7fff_ffff)
     });
     check(&plain("neg.f64", 1), B64, &[B64], |v| Some(v[0] ^ 1 << 63));
+    check(&plain("abs.f64", 1), B64, &[B64], |v| Some(v[0] & !(1 << 63)));
+    check(&plain("abs.f16", 1), B16, &[B16], |v| Some(v[0] & 0x7fff));
     check(&plain("neg.f16", 1), B16, &[B16], |v| Some(v[0] ^ 0x8000));
     check(&plain("neg.bf16", 1), B16, &[B16], |v| Some(v[0] ^ 0x8000));
     check(&plain("abs.bf16", 1), B16, &[B16], |v| Some(v[0] & 0x7fff));
@@ -481,7 +552,6 @@ fn steps(a: f32, b: f32) -> u32 {
     key(a).abs_diff(key(b))
 }
 
-#[test]
 fn approximations_are_the_nearest_value_or_its_neighbour() {
     // Independent of f64's library: x^y by repeated squaring, sums of series in 128 bits would be
     // overkill for a bound of one step; the identities below need no such function.
@@ -556,3 +626,16 @@ fn approximations_are_the_nearest_value_or_its_neighbour() {
         bits(single(v[0]) / single(v[1]))
     });
 }
+
+tests![
+    singles_in_every_rounding,
+    doubles_in_every_rounding,
+    halves_round_once,
+    packed_halves_are_two_halves,
+    subnormals_are_flushed_and_results_clamped_when_told_to,
+    extremes_prefer_numbers_and_order_zeros,
+    roots_round_correctly,
+    comparisons_know_of_nan,
+    signs_and_properties,
+    approximations_are_the_nearest_value_or_its_neighbour
+];

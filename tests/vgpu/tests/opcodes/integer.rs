@@ -28,13 +28,11 @@ fn binary(opcode: &str, op: impl Fn(i128, i128) -> Option<i128> + Copy) {
     }
 }
 
-#[test]
 fn sums_and_differences_wrap() {
     binary("add", |a, b| Some(a.wrapping_add(b)));
     binary("sub", |a, b| Some(a.wrapping_sub(b)));
 }
 
-#[test]
 fn sums_and_differences_saturate_when_told_to() {
     let (low, high) = limits(4, true);
     for (opcode, sign) in [("add.sat.s32", 1), ("sub.sat.s32", -1)] {
@@ -45,7 +43,6 @@ fn sums_and_differences_saturate_when_told_to() {
     }
 }
 
-#[test]
 fn packed_halves_add_and_compare_apart() {
     let both = |v: &[u64], op: &dyn Fn(u16, u16) -> u16| {
         let low = op(v[0] as u16, v[1] as u16);
@@ -71,7 +68,6 @@ fn packed_halves_add_and_compare_apart() {
     });
 }
 
-#[test]
 fn products_have_a_low_half_a_high_half_and_a_whole() {
     binary("mul.lo", |a, b| Some(a.wrapping_mul(b)));
     for (name, ty, signed) in TYPES {
@@ -106,7 +102,6 @@ fn products_have_a_low_half_a_high_half_and_a_whole() {
     }
 }
 
-#[test]
 fn multiply_add_takes_either_half() {
     for (name, ty, signed) in TYPES {
         let bits = 8 * ty.1 as u32;
@@ -137,7 +132,6 @@ fn multiply_add_takes_either_half() {
     });
 }
 
-#[test]
 fn twenty_four_bits_multiply() {
     for (name, signed) in [("u32", false), ("s32", true)] {
         let product = move |v: &[u64]| {
@@ -172,13 +166,11 @@ fn twenty_four_bits_multiply() {
     }
 }
 
-#[test]
 fn division_truncates_and_by_zero_is_unspecified() {
     binary("div", |a, b| (b != 0).then(|| a / b));
     binary("rem", |a, b| (b != 0).then(|| a % b));
 }
 
-#[test]
 fn signs_and_extremes() {
     binary("min", |a, b| Some(a.min(b)));
     binary("max", |a, b| Some(a.max(b)));
@@ -201,7 +193,6 @@ fn signs_and_extremes() {
     }
 }
 
-#[test]
 fn bits_are_counted_and_found() {
     for (ty, bits) in [(B32, 32u32), (B64, 64)] {
         let bit = |v: u64, n: u32| v >> n & 1 != 0;
@@ -259,7 +250,6 @@ fn bits_are_counted_and_found() {
     });
 }
 
-#[test]
 fn bytes_and_halves_make_dot_products() {
     for (a, signed_a) in [("u32", false), ("s32", true)] {
         for (b, signed_b) in [("u32", false), ("s32", true)] {
@@ -292,7 +282,6 @@ fn bytes_and_halves_make_dot_products() {
     }
 }
 
-#[test]
 fn carries_chain_words_into_longer_numbers() {
     // a + b and a - b of 64 bits, from words of 32.
     for (opcode, subtract) in [("add", false), ("sub", true)] {
@@ -324,3 +313,17 @@ fn carries_chain_words_into_longer_numbers() {
         Some(v[0].wrapping_mul(v[1]).wrapping_add(v[2]))
     });
 }
+
+tests![
+    sums_and_differences_wrap,
+    sums_and_differences_saturate_when_told_to,
+    packed_halves_add_and_compare_apart,
+    products_have_a_low_half_a_high_half_and_a_whole,
+    multiply_add_takes_either_half,
+    twenty_four_bits_multiply,
+    division_truncates_and_by_zero_is_unspecified,
+    signs_and_extremes,
+    bits_are_counted_and_found,
+    bytes_and_halves_make_dot_products,
+    carries_chain_words_into_longer_numbers
+];

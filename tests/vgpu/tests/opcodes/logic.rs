@@ -1,6 +1,5 @@
 use crate::bench::{B16, B32, B64, PRED, check, check_on, low, operands, plain};
 
-#[test]
 fn bitwise_functions() {
     for (ty, bits) in [(B16, 16), (B32, 32), (B64, 64)] {
         let two = |name: &str| plain(&format!("{name}.b{bits}"), 2);
@@ -16,7 +15,6 @@ fn bitwise_functions() {
     }
 }
 
-#[test]
 fn predicates_combine() {
     let pairs: Vec<Vec<u64>> = (0..4).map(|n| vec![n & 1, n >> 1]).collect();
     let two = |body: &str, op: fn(bool, bool) -> bool| {
@@ -31,7 +29,6 @@ fn predicates_combine() {
     two("mov.pred %d, %b;", |_, b| b);
 }
 
-#[test]
 fn every_function_of_three_bits() {
     let tuples = operands(&[4, 4, 4], 64);
     let tuples = &tuples[tuples.len() - 64..];
@@ -46,7 +43,6 @@ fn every_function_of_three_bits() {
     }
 }
 
-#[test]
 fn shifts_clamp_their_amount() {
     for (ty, bits) in [(B16, 16u64), (B32, 32), (B64, 64)] {
         check(&plain(&format!("shl.b{bits}"), 2), ty, &[ty, B32], |v| {
@@ -67,7 +63,6 @@ fn shifts_clamp_their_amount() {
     }
 }
 
-#[test]
 fn funnel_shifts_take_from_both_words() {
     for (mode, wrap) in [("clamp", false), ("wrap", true)] {
         let amount = move |n: u64| if wrap { n & 31 } else { n.min(32) };
@@ -89,7 +84,6 @@ fn funnel_shifts_take_from_both_words() {
     }
 }
 
-#[test]
 fn fields_are_cut_out_and_put_in() {
     for (ty, bits) in [(B32, 32u64), (B64, 64)] {
         for (letter, signed) in [("u", false), ("s", true)] {
@@ -159,7 +153,6 @@ fn fields_are_cut_out_and_put_in() {
     }
 }
 
-#[test]
 fn bytes_are_permuted() {
     let byte = |v: &[u64], n: u64| (v[1] << 32 | v[0]) >> (8 * (n & 7)) & 0xff;
     check(&plain("prmt.b32", 3), B32, &[B32, B32, B32], |v| {
@@ -213,8 +206,26 @@ fn bytes_are_permuted() {
     }
 }
 
-#[test]
 fn values_are_packed_unpacked_and_selected() {
+    for (ty, names) in [
+        (B16, &["b16", "u16", "s16"][..]),
+        (B32, &["b32", "u32", "s32", "f32"]),
+        (B64, &["b64", "u64", "s64", "f64"]),
+    ] {
+        for name in names {
+            check(&plain(&format!("mov.{name}"), 1), ty, &[ty], |v| Some(v[0]));
+        }
+    }
+    check("mov.b64 %d, {%a, %b, %c, %e};", B64, &[B16, B16, B16, B16], |v| {
+        Some(v[3] << 48 | v[2] << 32 | v[1] << 16 | v[0])
+    });
+    check(
+        "{ .reg .b16 %x, %y; mov.b64 {%x, _, %d, %y}, %a; }",
+        B16,
+        &[B64],
+        |v| Some(v[0] >> 32),
+    );
+    check("{ .reg .b32 %x; mov.b64 {%d, %x}, %a; }", B32, &[B64], |v| Some(v[0]));
     check("mov.b64 %d, {%a, %b};", B64, &[B32, B32], |v| {
         Some(v[1] << 32 | v[0])
     });
@@ -259,7 +270,6 @@ fn values_are_packed_unpacked_and_selected() {
     }
 }
 
-#[test]
 fn integers_compare() {
     use std::cmp::Ordering::{Equal, Greater, Less};
     let holds = |name: &str, order| match name {
@@ -321,3 +331,15 @@ fn integers_compare() {
         })
     });
 }
+
+tests![
+    bitwise_functions,
+    predicates_combine,
+    every_function_of_three_bits,
+    shifts_clamp_their_amount,
+    funnel_shifts_take_from_both_words,
+    fields_are_cut_out_and_put_in,
+    bytes_are_permuted,
+    values_are_packed_unpacked_and_selected,
+    integers_compare
+];

@@ -9,6 +9,8 @@ use crate::registers::lanes;
 
 /// Longest text taken from a kernel.
 const LONGEST: usize = 1 << 12;
+/// Largest width or precision.
+const LONGEST_PART: i32 = 1 << 12;
 
 /// A call of a function that the driver provides: `vprintf`, `__assertfail`, `malloc`, ….
 pub(in super::super) fn system_call(
@@ -146,8 +148,10 @@ fn print(cx: &mut Cx, lane: usize, format_at: u32, arguments_at: u32) -> Result<
             arguments += 4;
             Ok(Some(value))
         };
-        let width = star(cx, spec.star_width)?;
-        let precision = star(cx, spec.star_precision)?;
+        let width = star(cx, spec.star_width)?.unwrap_or(spec.width);
+        let precision = star(cx, spec.star_precision)?.unwrap_or(spec.precision);
+        let width = width.clamp(-LONGEST_PART, LONGEST_PART);
+        let precision = precision.clamp(-1, LONGEST_PART);
         let bytes = spec.bytes();
         arguments = arguments.next_multiple_of(bytes.into());
         let value = read(cx, lane, arguments, bytes)?;
@@ -172,9 +176,10 @@ struct Spec {
     space: bool,
     alternate: bool,
     zero: bool,
-    width: usize,
+    width: i32,
     star_width: bool,
-    precision: Option<usize>,
+    /// Negative is none.
+    precision: i32,
     star_precision: bool,
     long: bool,
     short: u32,
@@ -184,13 +189,16 @@ struct Spec {
 impl Spec {
     /// What follows a `%`; None if it makes no sense.
     fn parse(rest: &mut &[u8]) -> Option<Self> {
-        let mut spec = Self::default();
+        let mut spec = Self {
+            precision: -1,
+            ..Self::default()
+        };
         let mut at = 0;
         let bytes = *rest;
         let number = |at: &mut usize| {
-            let mut value = 0usize;
+            let mut value = 0;
             while let Some(digit) = bytes.get(*at).filter(|b| b.is_ascii_digit()) {
-                value = (value * 10 + usize::from(digit - b'0')).min(LONGEST);
+                value = (value * 10 + i32::from(digit - b'0')).min(LONGEST_PART);
                 *at += 1;
             }
             value
@@ -218,7 +226,7 @@ impl Spec {
                 spec.star_precision = true;
                 at += 1;
             } else {
-                spec.precision = Some(number(&mut at));
+                spec.precision = number(&mut at);
             }
         }
         while let Some(byte) = bytes.get(at) {
@@ -250,189 +258,51 @@ impl Spec {
         }
     }
 
-    fn format(
-        &self,
-        out: &mut Vec<u8>,
-        value: u64,
-        words: &[u8],
-        width: Option<i32>,
-        precision: Option<i32>,
-    ) {
-        let left = self.left || width.is_some_and(|w| w < 0);
-        let width = width.map_or(self.width, |w| (w.unsigned_abs() as usize).min(LONGEST));
-        let precision = match precision {
-            Some(p) => usize::try_from(p).ok().map(|p| p.min(LONGEST)),
-            None => self.precision,
-        };
-        let signed = match (self.long, self.short) {
-            (true, _) => value as i64,
-            (false, 0) => i64::from(value as i32),
-            (false, 1) => i64::from(value as i16),
-            (false, _) => i64::from(value as i8),
-        };
-        let unsigned = match (self.long, self.short) {
-            (true, _) => value,
-            (false, 0) => u64::from(value as u32),
-            (false, 1) => u64::from(value as u16),
-            (false, _) => u64::from(value as u8),
-        };
-        let plus = if self.plus {
-            "+"
-        } else if self.space {
-            " "
-        } else {
-            ""
-        };
-        let digits = |text: String| match precision {
-            Some(0) if unsigned == 0 => String::new(),
-            Some(p) if text.len() < p => format!("{}{text}", "0".repeat(p - text.len())),
-            _ => text,
-        };
-        let (sign, body): (String, Vec<u8>) = match self.conversion {
-            b'd' | b'i' => {
-                let sign = if signed < 0 { "-" } else { plus };
-                let body = digits(signed.unsigned_abs().to_string());
-                (sign.to_owned(), body.into_bytes())
-            }
-            b'u' => (String::new(), digits(unsigned.to_string()).into_bytes()),
-            b'o' => {
-                let sign = if self.alternate { "0" } else { "" };
-                (
-                    sign.to_owned(),
-                    digits(format!("{unsigned:o}")).into_bytes(),
-                )
-            }
-            b'x' => {
-                let sign = if self.alternate && unsigned != 0 {
-                    "0x"
-                } else {
-                    ""
-                };
-                (
-                    sign.to_owned(),
-                    digits(format!("{unsigned:x}")).into_bytes(),
-                )
-            }
-            b'X' => {
-                let sign = if self.alternate && unsigned != 0 {
-                    "0X"
-                } else {
-                    ""
-                };
-                (
-                    sign.to_owned(),
-                    digits(format!("{unsigned:X}")).into_bytes(),
-                )
-            }
-            b'p' => ("0x".to_owned(), format!("{value:x}").into_bytes()),
-            b'c' => (String::new(), vec![value as u8]),
-            b's' => {
-                let n = precision.unwrap_or(usize::MAX).min(words.len());
-                (String::new(), words[..n].to_vec())
-            }
-            conversion => {
-                let value = f64::from_bits(value);
-                let sign = if value.is_sign_negative() { "-" } else { plus };
-                let body = float(value.abs(), conversion, precision, self.alternate);
-                (sign.to_owned(), body.into_bytes())
-            }
-        };
-        let len = sign.len() + body.len();
-        let padding = width.saturating_sub(len);
-        let integer = b"diouxX".contains(&self.conversion);
-        let finite = !self.is_float() || f64::from_bits(value).is_finite();
-        let zeros =
-            self.zero && !left && finite && (self.is_float() || (integer && precision.is_none()));
-        if !left && !zeros {
-            out.extend(std::iter::repeat_n(b' ', padding));
+    /// Appends the formatted value, as the host's own `printf` formats it: on a device too it is
+    /// the host that does. Without an argument the width is 0 and the precision negative.
+    fn format(&self, out: &mut Vec<u8>, value: u64, words: &[u8], width: i32, precision: i32) {
+        let mut format = vec![b'%'];
+        let flags = [
+            (self.left, b'-'),
+            (self.plus, b'+'),
+            (self.space, b' '),
+            (self.alternate, b'#'),
+            (self.zero, b'0'),
+        ];
+        format.extend(flags.iter().filter(|f| f.0).map(|f| f.1));
+        format.extend(b"*.*");
+        if !self.is_float() && !matches!(self.conversion, b'c' | b's' | b'p') {
+            format.extend(match (self.long, self.short) {
+                (true, _) => &b"ll"[..],
+                (false, 0) => b"",
+                (false, 1) => b"h",
+                (false, _) => b"hh",
+            });
         }
-        out.extend_from_slice(sign.as_bytes());
-        if zeros {
-            out.extend(std::iter::repeat_n(b'0', padding));
-        }
-        out.extend_from_slice(&body);
-        if left {
-            out.extend(std::iter::repeat_n(b' ', padding));
-        }
+        format.extend([self.conversion, 0]);
+        let words: Vec<u8> = words.iter().copied().chain([0]).collect();
+        let at = format.as_ptr().cast::<libc::c_char>();
+        let print = |to: *mut libc::c_char, room: usize| {
+            // SAFETY: the format is one conversion of the list in `parse`, with two stars before
+            // it; the arguments are those that it takes. `to` has `room` bytes.
+            unsafe {
+                match self.conversion {
+                    b's' => libc::snprintf(to, room, at, width, precision, words.as_ptr()),
+                    b'p' => {
+                        let pointer = std::ptr::without_provenance::<libc::c_void>(value as usize);
+                        libc::snprintf(to, room, at, width, precision, pointer)
+                    }
+                    _ if self.is_float() => {
+                        libc::snprintf(to, room, at, width, precision, f64::from_bits(value))
+                    }
+                    _ if self.long => libc::snprintf(to, room, at, width, precision, value),
+                    _ => libc::snprintf(to, room, at, width, precision, value as libc::c_int),
+                }
+            }
+        };
+        let length = usize::try_from(print(std::ptr::null_mut(), 0)).unwrap_or(0);
+        let mut text = vec![0; length + 1];
+        print(text.as_mut_ptr().cast(), text.len());
+        out.extend(&text[..length]);
     }
-}
-
-/// A number that is not negative, as `%f`, `%e`, `%g` or `%a` write it.
-fn float(value: f64, conversion: u8, precision: Option<usize>, alternate: bool) -> String {
-    let upper = conversion.is_ascii_uppercase();
-    let text = if value.is_nan() {
-        "nan".to_owned()
-    } else if value.is_infinite() {
-        "inf".to_owned()
-    } else {
-        match conversion.to_ascii_lowercase() {
-            b'f' => format!("{value:.*}", precision.unwrap_or(6)),
-            b'e' => exponential(value, precision.unwrap_or(6)),
-            b'a' => hexadecimal(value, precision),
-            _ => general(value, precision.unwrap_or(6).max(1), alternate),
-        }
-    };
-    if upper { text.to_uppercase() } else { text }
-}
-
-fn exponential(value: f64, precision: usize) -> String {
-    let text = format!("{value:.precision$e}");
-    let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-    let exponent: i32 = exponent.parse().unwrap_or(0);
-    let sign = if exponent < 0 { '-' } else { '+' };
-    format!("{digits}e{sign}{:02}", exponent.abs())
-}
-
-fn general(value: f64, precision: usize, alternate: bool) -> String {
-    let scientific = exponential(value, precision - 1);
-    let exponent: i32 = scientific
-        .split_once('e')
-        .and_then(|(_, e)| e.parse().ok())
-        .unwrap_or(0);
-    let (digits, tail) = if exponent < -4 || exponent >= precision as i32 {
-        let (digits, tail) = scientific.split_once('e').unwrap_or((&scientific, "+00"));
-        (digits.to_owned(), format!("e{tail}"))
-    } else {
-        let places = (precision as i32 - 1 - exponent).max(0) as usize;
-        (format!("{value:.places$}"), String::new())
-    };
-    if alternate || !digits.contains('.') {
-        return digits + &tail;
-    }
-    digits
-        .trim_end_matches('0')
-        .trim_end_matches('.')
-        .to_owned()
-        + &tail
-}
-
-fn hexadecimal(value: f64, precision: Option<usize>) -> String {
-    let bits = value.to_bits();
-    let field = (bits >> 52 & 0x7ff) as i32;
-    let mut fraction = bits & ((1 << 52) - 1);
-    let mut lead = u64::from(field != 0);
-    let exponent = match (field, fraction) {
-        (0, 0) => 0,
-        (0, _) => -1022,
-        (field, _) => field - 1023,
-    };
-    let places = precision.unwrap_or(13).min(13);
-    let shift = 52 - 4 * places as u32;
-    if shift > 0 {
-        let whole = lead << 52 | fraction;
-        let half = 1u64 << (shift - 1);
-        let kept = whole >> shift;
-        let left = whole & ((1 << shift) - 1);
-        let up = left > half || (left == half && kept & 1 != 0);
-        let rounded = (kept + u64::from(up)) << shift;
-        lead = rounded >> 52;
-        fraction = rounded & ((1 << 52) - 1);
-    }
-    let mut digits = format!("{fraction:013x}");
-    digits.truncate(places);
-    if precision.is_none() {
-        digits.truncate(digits.trim_end_matches('0').len());
-    }
-    let point = if digits.is_empty() { "" } else { "." };
-    format!("0x{lead}{point}{digits}p{exponent:+}")
 }
