@@ -33,7 +33,7 @@ use status::{Out, Outcome, Status};
 
 use crate::finding::Kind;
 use crate::loader::Loaded;
-use crate::machine::{Command, Config, EventId, Machine, StreamId};
+use crate::machine::{Approximation, Command, Config, EventId, Machine, StreamId};
 use crate::memory::MAX_DEVICES;
 use crate::program::Kernel;
 use crate::race::Stale;
@@ -172,6 +172,12 @@ fn configuration() -> (Config, bool) {
                 eprintln!("vgpu: VGPU_TOPOLOGY: {error}");
                 understood = false;
             }
+        }
+    }
+    if let Ok(which) = std::env::var("VGPU_APPROX") {
+        match Approximation::by_name(which.trim()) {
+            Some(approximation) => config.approximation = approximation,
+            None => eprintln!("vgpu: VGPU_APPROX={which} is neither exact nor perturb; ignored"),
         }
     }
     if let Ok(which) = std::env::var("VGPU_STALE") {

@@ -28,6 +28,27 @@ fn scramble(seed: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// What the instructions that approximate give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Approximation {
+    /// The correctly rounded value.
+    #[default]
+    Exact,
+    /// Any value within the error the PTX ISA states; which one depends on the seed.
+    Disturbed,
+}
+
+impl Approximation {
+    /// By the word in `VGPU_APPROX`.
+    pub fn by_name(name: &str) -> Option<Self> {
+        match name {
+            "exact" => Some(Approximation::Exact),
+            "perturb" => Some(Approximation::Disturbed),
+            _ => None,
+        }
+    }
+}
+
 /// How to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -44,6 +65,8 @@ pub struct Config {
     pub longest_turn: u32,
     /// The checks that are on.
     pub checks: Vec<Kind>,
+    /// See [`Approximation`].
+    pub approximation: Approximation,
     /// What lies between the devices.
     pub topology: Topology,
     /// Which of the values that a strong load may return it does return.
@@ -59,6 +82,7 @@ impl Default for Config {
             launch_budget: 2_000_000_000,
             longest_turn: 512,
             checks: Kind::ALL.to_vec(),
+            approximation: Approximation::default(),
             topology: Topology::default(),
             stale: Stale::default(),
         }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 pub use barrier::Barriers;
 pub use device::{Device, Properties, SHARED_PER_BLOCK, THREADS_PER_BLOCK};
-pub use engine::{Command, Config, EventId, Machine, Progress, StreamId, Work};
+pub use engine::{Approximation, Command, Config, EventId, Machine, Progress, StreamId, Work};
 pub use warp::{Frame, Group, Wait, Warp, WarpState};
 
 use crate::finding::{Finding, Findings, Kind, Thread};

@@ -146,7 +146,7 @@ pub(crate) fn operands(sizes: &[usize], random: usize) -> Vec<Vec<u64>> {
     }
     if sizes == [2, 2] {
         // Every value on either side, against a few of each kind on the other.
-        for other in [0, 1, 0x7fff, 0x8000, 0xffff, 0x3c00, 0x83c1, 0xff80] {
+        for other in [0x3c01, 0x83ff] {
             list.extend((0..1 << 16).map(|v| vec![v, other]));
             list.extend((0..1 << 16).map(|v| vec![other, v]));
         }
@@ -193,6 +193,17 @@ pub(crate) fn operands(sizes: &[usize], random: usize) -> Vec<Vec<u64>> {
 
 /// Runs `body` (which reads `%a`, `%b`, `%c` and writes `%d`) for each tuple of operands.
 pub(crate) fn run(body: &str, d: Ty, sources: &[Ty], tuples: &[Vec<u64>]) -> Vec<u64> {
+    run_on(Config::default(), body, d, sources, tuples)
+}
+
+/// As [`run`], on a machine of one's own.
+pub(crate) fn run_on(
+    config: Config,
+    body: &str,
+    d: Ty,
+    sources: &[Ty],
+    tuples: &[Vec<u64>],
+) -> Vec<u64> {
     note(body);
     let names = ["%a", "%b", "%c", "%e", "%f"];
     let mut text = String::from(
@@ -231,7 +242,7 @@ pub(crate) fn run(body: &str, d: Ty, sources: &[Ty], tuples: &[Vec<u64>]) -> Vec
     };
     text += "ret;\n}\n";
     let module = vgpu::ptx::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
-    let mut rig = Rig::new(Config::default());
+    let mut rig = Rig::new(config);
     let loaded = rig.load(&module).unwrap_or_else(|e| panic!("{e}\n{text}"));
     let n = tuples.len();
     let flat: Vec<u64> = tuples.iter().flatten().copied().collect();

@@ -181,12 +181,18 @@ fn subnormals_are_flushed_and_results_clamped_when_told_to() {
         Some(u64::from(f(v, 0).to_bits() & 0x7fff_ffff))
     });
     for rn in ["", ".rn"] {
-        check(&plain(&format!("mul{rn}.ftz.f32"), 2), B32, &[B32, B32], |v| {
-            bits(flush(f(v, 0) * f(v, 1)))
-        });
-        check(&plain(&format!("sub{rn}.ftz.f32"), 2), B32, &[B32, B32], |v| {
-            bits(flush(f(v, 0) - f(v, 1)))
-        });
+        check(
+            &plain(&format!("mul{rn}.ftz.f32"), 2),
+            B32,
+            &[B32, B32],
+            |v| bits(flush(f(v, 0) * f(v, 1))),
+        );
+        check(
+            &plain(&format!("sub{rn}.ftz.f32"), 2),
+            B32,
+            &[B32, B32],
+            |v| bits(flush(f(v, 0) - f(v, 1))),
+        );
     }
     check(&plain("neg.ftz.f32", 1), B32, &[B32], |v| {
         Some(u64::from(f(v, 0).to_bits() ^ 0x8000_0000))
@@ -290,10 +296,15 @@ fn extremes_prefer_numbers_and_order_zeros() {
                 },
             );
         }
-        check(&plain(&format!("{name}.ftz.f32"), 2), B32, &[B32, B32], |v| {
-            let flushed = |bits: u64| u64::from(flush(single(bits)).to_bits());
-            choose(&[flushed(v[0]), flushed(v[1])], false)
-        });
+        check(
+            &plain(&format!("{name}.ftz.f32"), 2),
+            B32,
+            &[B32, B32],
+            |v| {
+                let flushed = |bits: u64| u64::from(flush(single(bits)).to_bits());
+                choose(&[flushed(v[0]), flushed(v[1])], false)
+            },
+        );
         // Two halves, and with `.NaN`.
         for (half, bf16) in [("f16x2", false), ("bf16x2", true)] {
             for nan in [false, true] {
@@ -514,6 +525,9 @@ fn signs_and_properties() {
     check(&plain("copysign.f32", 2), B32, &[B32, B32], |v| {
         Some((v[0] & 0x8000_0000) | (v[1] & 0x7fff_ffff))
     });
+    check(&plain("copysign.f64", 2), B64, &[B64, B64], |v| {
+        Some((v[0] & 1 << 63) | (v[1] & !(1 << 63)))
+    });
     check(&plain("neg.f32", 1), B32, &[B32], |v| {
         Some(v[0] ^ 0x8000_0000)
     });
@@ -521,7 +535,9 @@ fn signs_and_properties() {
         Some(v[0] & 0x7fff_ffff)
     });
     check(&plain("neg.f64", 1), B64, &[B64], |v| Some(v[0] ^ 1 << 63));
-    check(&plain("abs.f64", 1), B64, &[B64], |v| Some(v[0] & !(1 << 63)));
+    check(&plain("abs.f64", 1), B64, &[B64], |v| {
+        Some(v[0] & !(1 << 63))
+    });
     check(&plain("abs.f16", 1), B16, &[B16], |v| Some(v[0] & 0x7fff));
     check(&plain("neg.f16", 1), B16, &[B16], |v| Some(v[0] ^ 0x8000));
     check(&plain("neg.bf16", 1), B16, &[B16], |v| Some(v[0] ^ 0x8000));
@@ -539,6 +555,13 @@ fn signs_and_properties() {
     for (name, holds) in tests {
         check(&plain(&format!("testp.{name}.f32"), 1), PRED, &[B32], |v| {
             Some(holds(field(v)).into())
+        });
+        check(&plain(&format!("testp.{name}.f64"), 1), PRED, &[B64], |v| {
+            let e = match v[0] >> 52 & 0x7ff {
+                0x7ff => 255,
+                e => e.min(1),
+            };
+            Some(holds((e, v[0] & ((1 << 52) - 1))).into())
         });
     }
 }

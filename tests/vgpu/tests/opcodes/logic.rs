@@ -216,16 +216,24 @@ fn values_are_packed_unpacked_and_selected() {
             check(&plain(&format!("mov.{name}"), 1), ty, &[ty], |v| Some(v[0]));
         }
     }
-    check("mov.b64 %d, {%a, %b, %c, %e};", B64, &[B16, B16, B16, B16], |v| {
-        Some(v[3] << 48 | v[2] << 32 | v[1] << 16 | v[0])
-    });
+    check(
+        "mov.b64 %d, {%a, %b, %c, %e};",
+        B64,
+        &[B16, B16, B16, B16],
+        |v| Some(v[3] << 48 | v[2] << 32 | v[1] << 16 | v[0]),
+    );
     check(
         "{ .reg .b16 %x, %y; mov.b64 {%x, _, %d, %y}, %a; }",
         B16,
         &[B64],
         |v| Some(v[0] >> 32),
     );
-    check("{ .reg .b32 %x; mov.b64 {%d, %x}, %a; }", B32, &[B64], |v| Some(v[0]));
+    check(
+        "{ .reg .b32 %x; mov.b64 {%d, %x}, %a; }",
+        B32,
+        &[B64],
+        |v| Some(v[0]),
+    );
     check("mov.b64 %d, {%a, %b};", B64, &[B32, B32], |v| {
         Some(v[1] << 32 | v[0])
     });

@@ -559,9 +559,9 @@ fn addresses_convert_and_tell_their_space() {
     };
     let found = program.run().clean();
     assert_eq!(found.out[..4], [31, 0, 0, 0], "there and back");
-    for row in 0..5 {
+    for (row, space) in spaces.iter().enumerate() {
         let expected: Vec<u8> = (0..5).map(|column| u8::from(row == column)).collect();
-        assert_eq!(found.out[4 + 5 * row..][..5], expected, "{}", spaces[row]);
+        assert_eq!(found.out[4 + 5 * row..][..5], expected, "{space}");
     }
     assert_eq!(found.out[29], 1);
 }

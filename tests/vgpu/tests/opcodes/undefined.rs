@@ -127,9 +127,9 @@ fn follow(body: &str, d: Ty, sources: &[Ty], small: &[u64], exact: bool) {
             tuple.push(value);
             // What directs the movement is undefined now and then only.
             let often = if limit > 0 {
-                r.next() % 8 == 0
+                r.next().is_multiple_of(8)
             } else {
-                r.next() % 4 != 0
+                !r.next().is_multiple_of(4)
             };
             let all = ((1u32 << ty.1.max(1)) - 1) as u8;
             hole.push(if often { r.next() as u8 & all } else { 0 });

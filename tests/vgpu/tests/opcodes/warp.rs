@@ -152,7 +152,7 @@ fn trials_of_values(values: impl Fn(&mut Random) -> u64) -> Vec<Trial> {
                 a: std::array::from_fn(|_| match round % 4 {
                     0 => common,
                     1 => values(&mut r),
-                    _ if r.next() % 8 == 0 => values(&mut r),
+                    _ if r.next().is_multiple_of(8) => values(&mut r),
                     _ => common,
                 }),
                 b: [0; 32],
@@ -192,7 +192,7 @@ fn votes_count_the_members() {
 
 fn matches_find_the_lanes_with_the_same_value() {
     // The upper half alone tells some apart.
-    let trials = trials_of_values(|r| r.next() % 3 | (r.next() % 2) << 40);
+    let trials = trials_of_values(|r| (r.next() % 3) | (r.next() % 2) << 40);
     for (ty, register, keep) in [
         ("b32", "%r2", u64::from(u32::MAX)),
         ("b64", "%d1", u64::MAX),

@@ -1,6 +1,7 @@
 //! Floating-point arithmetic: f32 and f64, f16 and bf16 with their packed forms.
 
 use super::super::expect_operands;
+use super::approx;
 use super::lanes::{Slot, destination, map1, map2, map3, source};
 use super::rounding::{self, Format, Round, add_odd, div_odd, double, fma_odd, sqrt_odd, zero_sum};
 use crate::lowering::{LoadError, Lowering, Modifiers, bad, unsupported};
@@ -28,16 +29,16 @@ pub(super) fn lower(
 
 /// What the modifiers of an arithmetic instruction say.
 #[derive(Debug, Clone, Copy)]
-struct Mode {
+pub(super) struct Mode {
     round: Round,
-    approx: bool,
+    pub(super) approx: bool,
     full: bool,
     ftz: bool,
     sat: bool,
     relu: bool,
     nan: bool,
     xorsign: bool,
-    ty: Type,
+    pub(super) ty: Type,
 }
 
 impl Mode {
@@ -104,13 +105,13 @@ fn saturate64(x: f64) -> f64 {
 impl Mode {
     /// Before an f32 operation.
     #[inline(always)]
-    fn input(self, x: f32) -> f32 {
+    pub(super) fn input(self, x: f32) -> f32 {
         if self.ftz { flush(x) } else { x }
     }
 
     /// After it.
     #[inline(always)]
-    fn output(self, x: f32) -> f32 {
+    pub(super) fn output(self, x: f32) -> f32 {
         let x = canonical(x);
         let x = if self.ftz { flush(x) } else { x };
         if self.sat { saturate(x) } else { x }
@@ -197,7 +198,8 @@ fn two(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, L
                 let exact = f64::from(mode.input(a)) * f64::from(mode.input(b));
                 mode.output(mode.narrow32(exact))
             }),
-            "div" if nearest || mode.approx || mode.full => map2(i, f, move |a: f32, b: f32| {
+            "div" if mode.approx || mode.full => approx::div(i, f, mode),
+            "div" if nearest => map2(i, f, move |a: f32, b: f32| {
                 mode.output(mode.input(a) / mode.input(b))
             }),
             "div" => map2(i, f, move |a: f32, b: f32| {
@@ -253,14 +255,14 @@ fn signed_sum(a: f64, b: f64) -> f64 {
 
 /// Arithmetic of f16 or bf16, one or two to a register.
 #[derive(Debug, Clone, Copy)]
-struct Half {
-    format: Format,
-    packed: bool,
+pub(super) struct Half {
+    pub(super) format: Format,
+    pub(super) packed: bool,
     mode: Mode,
 }
 
 impl Half {
-    fn of(mode: Mode) -> Result<Self, LoadError> {
+    pub(super) fn of(mode: Mode) -> Result<Self, LoadError> {
         if mode.approx && mode.sat || mode.full || mode.round != Round::Nearest {
             return Err(bad(format!("a modifier that {:?} does not have", mode.ty)));
         }
@@ -277,7 +279,7 @@ impl Half {
         })
     }
 
-    fn input(self, bits: u32) -> f64 {
+    pub(super) fn input(self, bits: u32) -> f64 {
         let bits = u64::from(bits & 0xffff);
         let exponent = 0x7fff & !((1 << if self.format == rounding::F16 { 10 } else { 7 }) - 1);
         if self.mode.ftz && bits & exponent == 0 {
@@ -286,7 +288,7 @@ impl Half {
         self.format.decode(bits)
     }
 
-    fn round(self, exact: f64) -> u32 {
+    pub(super) fn round(self, exact: f64) -> u32 {
         let exact = if self.mode.sat {
             saturate64(exact)
         } else {
@@ -437,22 +439,6 @@ fn fma_row() -> FmaRow {
     }
 }
 
-/// The functions the hardware approximates, in f64: rounded from there they are as good as
-/// correctly rounded.
-fn approximated(opcode: &str) -> Option<fn(f64) -> f64> {
-    Some(match opcode {
-        "rcp" => |x| 1.0 / x,
-        "sqrt" => f64::sqrt,
-        "rsqrt" => |x| 1.0 / x.sqrt(),
-        "sin" => f64::sin,
-        "cos" => f64::cos,
-        "lg2" => f64::log2,
-        "ex2" => f64::exp2,
-        "tanh" => f64::tanh,
-        _ => return None,
-    })
-}
-
 fn one(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, LoadError> {
     let opcode = i.opcode.as_str();
     let mode = Mode::take(m)?;
@@ -484,19 +470,7 @@ fn one(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action, L
         // These two keep the upper word only ("gross approximations").
         ("rcp", Type::F64) if mode.ftz => map1(i, f, |a: f64| upper(1.0 / upper(a))),
         ("rsqrt", Type::F64) => map1(i, f, |a: f64| upper(1.0 / upper(a).sqrt())),
-        (_, Type::F32) => {
-            let function =
-                approximated(opcode).ok_or_else(|| bad(format!("'{opcode}' of {:?}", mode.ty)))?;
-            map1(i, f, move |a: f32| {
-                mode.output(function(mode.input(a).into()) as f32)
-            })
-        }
-        ("tanh" | "ex2", Type::F16 | Type::F16x2 | Type::BF16 | Type::BF16x2) => {
-            let half = Half::of(mode)?;
-            let function = approximated(opcode).ok_or_else(|| bad("no such function"))?;
-            half.map::<1>(i, f, move |[a]| half.round(function(a)))
-        }
-        (_, ty) => Err(bad(format!("'{opcode}' of {ty:?}"))),
+        _ => approx::one(i, f, mode),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Arithmetic, logic, comparison, conversion and data movement between registers.
 
+mod approx;
 mod compare;
 mod convert;
 mod float;

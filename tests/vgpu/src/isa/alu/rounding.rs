@@ -105,6 +105,12 @@ impl Format {
         1 << (self.exponent + self.mantissa)
     }
 
+    /// The unit of the last place of a number of this size.
+    pub(super) fn ulp(self, value: f64) -> f64 {
+        let exponent = (value.abs().to_bits() >> 52) as i32 - 1023;
+        2f64.powi(exponent.max(1 - self.bias()) - self.mantissa as i32)
+    }
+
     /// Rounds; overflow goes to infinity (or NaN), or to the largest number where the mode or
     /// `saturate` say so.
     pub(super) fn encode(self, value: f64, round: Round, saturate: bool) -> u64 {
