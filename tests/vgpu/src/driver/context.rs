@@ -43,7 +43,9 @@ impl Driver {
         let alone = !self.contexts.values().any(|c| c.device == device);
         if alone {
             self.machine.cancel(device);
-            self.machine.devices[device as usize].fault = None;
+            if !self.machine.world.memory.links.is_dead(device) {
+                self.machine.devices[device as usize].fault = None;
+            }
         }
         let modules: Vec<Handle> = self
             .modules

@@ -165,6 +165,15 @@ fn configuration() -> (Config, bool) {
     if let Some(budget) = number("VGPU_BUDGET") {
         config.launch_budget = budget;
     }
+    if let Ok(text) = std::env::var("VGPU_SCHEDULE") {
+        match text.parse() {
+            Ok(schedule) => config.schedule = schedule,
+            Err(error) => {
+                eprintln!("vgpu: VGPU_SCHEDULE: {error}");
+                understood = false;
+            }
+        }
+    }
     if let Ok(text) = std::env::var("VGPU_TOPOLOGY") {
         match text.parse() {
             Ok(topology) => config.topology = topology,
@@ -336,6 +345,9 @@ impl Driver {
             let _ = std::io::stdout().write_all(&output);
             let _ = std::io::stdout().flush();
         }
+        for words in std::mem::take(&mut self.machine.world.notices) {
+            eprintln!("vgpu: {words}");
+        }
         let findings = self.machine.world.findings.list();
         let mut shown = 0;
         for finding in findings {
@@ -473,6 +485,15 @@ api! {
                 Err(Status::INVALID_VALUE)
             }
         }
+    }
+
+    fn vgpuSetSeed(seed: u64) |driver| {
+        if !driver.machine.is_quiet() {
+            explain("vgpuSetSeed", "the devices have work to do");
+            return Err(Status::NOT_READY);
+        }
+        driver.machine.set_seed(seed);
+        Ok(())
     }
 
     fn vgpuIsReplayable(replayable: Out<i32>) |driver| {

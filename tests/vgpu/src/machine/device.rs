@@ -60,24 +60,68 @@ impl Properties {
         }
     }
 
-    /// Blocks of a kernel that fit on one multiprocessor at once.
-    pub fn resident_blocks(&self, kernel: &Kernel, threads: u32, dynamic_shared: u32) -> u32 {
+    /// What a block of a kernel takes of a multiprocessor; None if it has not that much.
+    pub(super) fn share(
+        &self,
+        kernel: &Kernel,
+        threads: u32,
+        dynamic_shared: u32,
+    ) -> Option<Share> {
         if threads == 0 || threads > THREADS_PER_BLOCK {
-            return 0;
+            return None;
         }
         let warps = threads.div_ceil(32);
-        // Registers are given to a warp in units of 256.
+        // Registers are given to a warp in units of 256, shared memory in units of 128.
         let registers = kernel.registers.unwrap_or(DEFAULT_REGISTERS).max(1);
         let per_warp = (registers * 32).next_multiple_of(256);
-        let by_registers = self.registers_per_sm / (per_warp * warps);
         let shared = (kernel.dynamic_shared_at.max(kernel.static_shared) + SHARED_RESERVED)
             .saturating_add(dynamic_shared);
-        let by_shared = self.shared_per_sm / shared.next_multiple_of(128);
-        let by_threads = self.threads_per_sm / (warps * 32);
+        let share = Share {
+            registers: per_warp * warps,
+            shared: shared.checked_next_multiple_of(128)?,
+            threads: warps * 32,
+            blocks: 1,
+        };
+        self.whole().fits(&share).then_some(share)
+    }
+
+    /// All of a multiprocessor.
+    fn whole(&self) -> Share {
+        Share {
+            registers: self.registers_per_sm,
+            shared: self.shared_per_sm,
+            threads: self.threads_per_sm,
+            blocks: self.blocks_per_sm,
+        }
+    }
+
+    /// Blocks of a kernel that fit on one multiprocessor at once.
+    pub fn resident_blocks(&self, kernel: &Kernel, threads: u32, dynamic_shared: u32) -> u32 {
+        let Some(share) = self.share(kernel, threads, dynamic_shared) else {
+            return 0;
+        };
         self.blocks_per_sm
-            .min(by_registers)
-            .min(by_shared)
-            .min(by_threads)
+            .min(self.registers_per_sm / share.registers)
+            .min(self.shared_per_sm / share.shared)
+            .min(self.threads_per_sm / share.threads)
+    }
+}
+
+/// Part of a multiprocessor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Share {
+    registers: u32,
+    shared: u32,
+    threads: u32,
+    blocks: u32,
+}
+
+impl Share {
+    fn fits(&self, part: &Share) -> bool {
+        self.registers >= part.registers
+            && self.shared >= part.shared
+            && self.threads >= part.threads
+            && self.blocks >= part.blocks
     }
 }
 
@@ -90,4 +134,64 @@ pub struct Device {
     pub properties: Properties,
     /// What ended its context, until that is reset.
     pub fault: Option<Fault>,
+    /// What is left of each multiprocessor.
+    free: Vec<Share>,
+    /// Operations that warps have run on it.
+    pub(super) operations: u64,
+}
+
+impl Device {
+    /// Idle.
+    pub(super) fn new(ordinal: u32, properties: Properties) -> Self {
+        Self {
+            ordinal,
+            free: vec![properties.whole(); properties.multiprocessors as usize],
+            properties,
+            fault: None,
+            operations: 0,
+        }
+    }
+
+    /// How many more blocks like this fit beside what is there, whichever streams it is from;
+    /// no more than `most` are counted.
+    pub(super) fn room(&self, share: &Share, most: u64) -> u64 {
+        let mut count = 0;
+        for sm in &self.free {
+            if count >= most {
+                break;
+            }
+            let by = [
+                sm.registers / share.registers,
+                sm.shared / share.shared,
+                sm.threads / share.threads,
+                sm.blocks / share.blocks,
+            ];
+            count += u64::from(by.into_iter().min().unwrap_or(0));
+        }
+        count.min(most)
+    }
+
+    /// Puts a block on a multiprocessor, the first from `start` on that has room; its number.
+    pub(super) fn occupy(&mut self, share: &Share, start: u64) -> Option<u32> {
+        let n = self.free.len();
+        let first = (start % n as u64) as usize;
+        let sm = (first..n)
+            .chain(0..first)
+            .find(|&sm| self.free[sm].fits(share))?;
+        let free = &mut self.free[sm];
+        free.registers -= share.registers;
+        free.shared -= share.shared;
+        free.threads -= share.threads;
+        free.blocks -= share.blocks;
+        Some(sm as u32)
+    }
+
+    /// Takes a block off again.
+    pub(super) fn vacate(&mut self, share: &Share, sm: u32) {
+        let free = &mut self.free[sm as usize];
+        free.registers += share.registers;
+        free.shared += share.shared;
+        free.threads += share.threads;
+        free.blocks += share.blocks;
+    }
 }

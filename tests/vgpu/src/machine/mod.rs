@@ -4,15 +4,21 @@
 //! interleaves streams, blocks and warps of all devices under one deterministic scheduler.
 
 mod barrier;
+mod blocks;
+mod deadlock;
 mod device;
 mod engine;
+mod schedule;
+mod streams;
 mod warp;
 
 use std::sync::Arc;
 
 pub use barrier::Barriers;
 pub use device::{Device, Properties, SHARED_PER_BLOCK, THREADS_PER_BLOCK};
-pub use engine::{Approximation, Command, Config, EventId, Machine, Progress, StreamId, Work};
+pub use engine::{Approximation, Config, Machine, Progress};
+pub use schedule::Schedule;
+pub use streams::{Command, EventId, StreamId, Work};
 pub use warp::{Frame, Group, Wait, Warp, WarpState};
 
 use crate::finding::{Finding, Findings, Kind, Thread};
@@ -89,8 +95,12 @@ pub struct World {
     pub lane_instructions: u64,
     /// How often a kernel looked at a clock: whoever does will see it advance.
     pub clock_reads: u64,
+    /// Strong reads so far.
+    pub polls: u64,
     /// What kernels printed and nobody has written out yet.
     pub output: Vec<u8>,
+    /// What the program should be told that is no finding.
+    pub notices: Vec<String>,
 }
 
 /// What lanes hand each other in a warp-wide operation.

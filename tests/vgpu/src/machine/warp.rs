@@ -9,13 +9,15 @@
 
 use super::{Block, Cx, Exchange, Launch, World};
 use crate::finding::{Fault, Finding, Kind};
-use crate::memory::LaneMemory;
+use crate::memory::{LaneMemory, Space};
 use crate::program::{Action, BarrierResult, Op, Step, WarpSync};
 use crate::race::{self, WarpClock};
 use crate::registers::{FULL, LANES, Lanes, Registers, lanes};
 
 /// Backward jumps a group may take while others of its warp could run.
 const PATIENCE: u32 = 32;
+/// Backward jumps with only reads between them after which a warp gives up its turn.
+const SPINS: u32 = 4;
 /// Bytes of local memory and frames a thread may use: the hardware's own limit is 512 KiB.
 const LOCAL_LIMIT: u32 = 512 << 10;
 /// Bytes of registers all frames of a warp may use, against runaway recursion.
@@ -96,6 +98,12 @@ pub struct Warp {
     pub lane_instructions: u64,
     /// `threadIdx`, by axis.
     pub tid: [Lanes; 3],
+    /// The last strong read: its space, the first lane's address, and its bytes.
+    pub(crate) polled: Option<(Space, u64, u32)>,
+    /// Virtual time before which it does not go on, whatever else it could do.
+    pub(super) rest_until: u64,
+    /// Where a schedule by priorities has it.
+    pub(super) priority: u64,
     /// Give the turn back at every backward jump: for those who watch for repetition.
     pub(super) stop_at_back_jump: bool,
     groups: Vec<Group>,
@@ -130,6 +138,9 @@ impl Warp {
             instructions: 0,
             lane_instructions: 0,
             tid,
+            polled: None,
+            rest_until: 0,
+            priority: 0,
             stop_at_back_jump: false,
             groups: vec![Group {
                 pc: 0,
@@ -160,10 +171,15 @@ impl Warp {
     /// What it is doing.
     pub fn state(&self, now: u64) -> WarpState {
         let mut state = WarpState::Done;
+        let ready = if self.rest_until > now {
+            WarpState::Asleep(self.rest_until)
+        } else {
+            WarpState::Ready
+        };
         for group in &self.groups {
             match group.wait {
-                Wait::No | Wait::Lanes => return WarpState::Ready,
-                Wait::Until(time) if time <= now => return WarpState::Ready,
+                Wait::No | Wait::Lanes => return ready,
+                Wait::Until(time) if time <= now => return ready,
                 Wait::Until(time) => {
                     state = match state {
                         WarpState::Asleep(other) => WarpState::Asleep(other.min(time)),
@@ -373,6 +389,9 @@ impl Warp {
         let stop = self.stop_at_back_jump;
         let mut pc = group.pc;
         let mut back_jumps = self.back_jumps;
+        // Strong reads and changes of memory at the last backward jump, and how often nothing but
+        // a read lay between two.
+        let (mut polls, mut changes, mut spins) = (world.polls, world.memory.changes(), 0);
         let mut instructions = 0u64;
         let mut lane_instructions = 0u64;
 
@@ -439,6 +458,19 @@ impl Warp {
                                 back_jumps += 1;
                                 if stop {
                                     *left = 0;
+                                }
+                                if cx.world.polls != polls {
+                                    polls = cx.world.polls;
+                                    if cx.world.memory.changes() == changes {
+                                        spins += 1;
+                                        // What it waits for needs the turns more than it does.
+                                        if spins == SPINS {
+                                            *left = 0;
+                                        }
+                                    } else {
+                                        changes = cx.world.memory.changes();
+                                        spins = 0;
+                                    }
                                 }
                                 if others && back_jumps >= PATIENCE {
                                     pc = target;

@@ -11,7 +11,7 @@ use super::{
 use crate::finding::{Fault, Finding, Kind};
 use crate::machine::{Config, Cx, World};
 use crate::race::{Agent, Conflict, FlagAccess, Race, StreamClock};
-use crate::registers::lanes;
+use crate::registers::{LANES, lanes};
 
 /// The first address of device 0.
 const FIRST_ADDRESS: u64 = 0x1000_0000_0000;
@@ -736,6 +736,16 @@ fn arrives(cx: &mut Cx, lane: usize, base: u64, at: u64, doing: Doing) -> Result
     }
 }
 
+/// Remembers a strong read: whoever spins does so on one.
+#[inline(always)]
+fn poll(cx: &mut Cx, access: &Access) {
+    if access.order != Order::Weak {
+        let lane = access.mask.trailing_zeros() as usize % LANES;
+        cx.warp.polled = Some((access.space, access.addresses[lane], access.bytes));
+        cx.world.polls += 1;
+    }
+}
+
 fn note(cx: &mut Cx, access: &Access) {
     let race = &mut cx.world.memory.race;
     if race.is_on() {
@@ -1020,6 +1030,7 @@ pub(super) fn load(cx: &mut Cx, access: &Access, data: &mut Data) -> Result<(), 
     let n = access.bytes as usize;
     let mut last = None;
     note(cx, access);
+    poll(cx, access);
     if access.mask != 0 && access.order == Order::Weak && load_together(cx, access, data) {
         return Ok(());
     }
@@ -1186,6 +1197,7 @@ pub(super) fn atomic(
     let n = access.bytes as usize;
     let mut last = None;
     note(cx, access);
+    poll(cx, access);
     for lane in lanes(access.mask) {
         let (space, at) = resolve(access.space, access.addresses[lane]);
         if at % u64::from(access.bytes) != 0 {

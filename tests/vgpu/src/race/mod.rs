@@ -109,6 +109,11 @@ const HOST_OP: u32 = 0;
 /// The host is on no device: only the system scope includes it.
 const NO_DEVICE: u32 = u32::MAX;
 
+/// Where the choices of a seed begin.
+fn first_random(seed: u64) -> u64 {
+    seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5eed_0f01_d5a1_0e5d | 1
+}
+
 /// The tables of the race checks.
 #[derive(Debug)]
 pub struct Race {
@@ -152,8 +157,13 @@ impl Race {
             host: None,
             fences: order::FenceOrder::default(),
             stale,
-            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5eed_0f01_d5a1_0e5d | 1,
+            random: first_random(seed),
         }
+    }
+
+    /// Starts the choices anew.
+    pub fn set_seed(&mut self, seed: u64) {
+        self.random = first_random(seed);
     }
 
     /// xorshift64*: which of several values a load returns.

@@ -148,13 +148,13 @@ impl Gpu {
         function
     }
 
-    /// Launches with parameters of 8 bytes each.
+    /// Launches with these words as its parameters.
     pub(crate) fn launch(&self, name: &str, grid: u32, block: u32, args: &[u64]) {
         let function = self.function(name);
-        let params: Vec<*const c_void> =
-            args.iter().map(|a| std::ptr::from_ref(a).cast()).collect();
-        let stream = self.stream;
-        let params = params.as_ptr();
+        let bytes = size_of_val(args);
+        // CU_LAUNCH_PARAM_BUFFER_POINTER, …_SIZE, …_END
+        let extra: [usize; 5] = [1, args.as_ptr() as usize, 2, &raw const bytes as usize, 0];
+        let (stream, extra) = (self.stream, extra.as_ptr().cast());
         cu!(cuLaunchKernel(
             function,
             grid,
@@ -165,8 +165,8 @@ impl Gpu {
             1,
             0,
             stream,
-            params,
-            null_mut()
+            null_mut(),
+            extra
         ));
     }
 }

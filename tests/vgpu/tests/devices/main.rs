@@ -2,7 +2,9 @@
 //! program's threads that drive them.
 
 mod child;
+mod clean;
 mod compile;
 mod cuda;
+mod node;
 mod peers;
 mod threads;

@@ -1,14 +1,14 @@
-// Kernels for the tests of host threads. Every pointer to a flag is to a u64 of the device named.
+// Kernels for the tests of host threads and of peer access. Every parameter has 8 bytes.
 #include "sync.cuh"
 
 // Ranks meet n times; each adds up what it read from its right neighbour. Grid 1, block 32.
-KERNEL exchange(u64 rank, u64 world, u64 *const *flags, u64 *const *slots, u64 *out, u64 first, u64 n) {
+KERNEL exchange(Ranks r, u64 *out, u64 first, u64 n) {
     u64 sum = out[threadIdx.x];
     for (u64 step = first; step < first + n; ++step) {
-        slots[rank][threadIdx.x] = step * 100 + rank * 10 + threadIdx.x;
-        device_barrier(flags, rank, world, 2 * step + 1);
-        sum += slots[(rank + 1) % world][threadIdx.x];
-        device_barrier(flags, rank, world, 2 * step + 2);
+        r.data[r.rank][threadIdx.x] = step * 100 + r.rank * 10 + threadIdx.x;
+        meet(r, 2 * step + 1);
+        sum += r.data[(r.rank + 1) % r.world][threadIdx.x];
+        meet(r, 2 * step + 2);
     }
     out[threadIdx.x] = sum;
 }
