@@ -6,9 +6,10 @@ use std::path::Path;
 
 use super::toolkit::{self, Toolkit};
 
-/// The calls of the driver. Those newer than CUDA 12.0 are types only: they are looked up when
-/// the program runs, so that it starts on an older driver.
-const CALLS: [&str; 43] = [
+/// The calls of the driver. Those newer than CUDA 12.0, and those whose name depends on the header,
+/// are not here: `src/backend/cuda/sys.rs` looks them up when the program runs, so that it starts on
+/// an older driver.
+const CALLS: [&str; 56] = [
     "cuCtxEnablePeerAccess",
     "cuCtxGetCurrent",
     "cuCtxPopCurrent_v2",
@@ -24,13 +25,17 @@ const CALLS: [&str; 43] = [
     "cuDriverGetVersion",
     "cuEventCreate",
     "cuEventDestroy_v2",
-    "cuEventElapsedTime",
     "cuEventQuery",
     "cuEventRecord",
     "cuEventSynchronize",
     "cuFuncGetAttribute",
     "cuFuncSetAttribute",
     "cuGetErrorName",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
+    "cuGraphUpload",
     "cuGetErrorString",
     "cuGetProcAddress_v2",
     "cuInit",
@@ -49,9 +54,18 @@ const CALLS: [&str; 43] = [
     "cuModuleLoadData",
     "cuModuleUnload",
     "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-    "cuStream.*",
-    "cuGraph(Instantiate.*|Launch|Upload|Destroy|Exec.*)",
     "cuPointerGetAttribute",
+    "cuStreamBeginCapture_v2",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamEndCapture",
+    "cuStreamIsCapturing",
+    "cuStreamQuery",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+    "cuStreamWaitValue32_v2",
+    "cuStreamWriteValue32_v2",
+    "cuStreamWriteValue64_v2",
 ];
 
 /// Driver bindings that also name what callers choose by.
@@ -112,10 +126,11 @@ pub(crate) fn generate(root: &Path, toolkit: &Toolkit, out: &Path) -> Result<(),
     write(abi, &out.join("abi.rs"))
 }
 
-/// Puts the bindings in place that are kept for machines without a toolkit.
+/// Puts the bindings in place that are kept for machines without a toolkit; tests/cuda_build.rs
+/// compares them with those that are generated, and writes them anew.
 pub(crate) fn copy_prepared(root: &Path, out: &Path) -> Result<(), String> {
     for name in ["driver.rs", "abi.rs"] {
-        let from = root.join("cuda/bindings").join(name);
+        let from = root.join("build/prepared").join(name);
         fs::copy(&from, out.join(name)).map_err(|e| format!("{}: {e}", from.display()))?;
     }
     Ok(())

@@ -1,6 +1,5 @@
 //! Finds nvcc and libclang.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -33,8 +32,9 @@ fn output(program: &Path, argument: &str) -> Result<String, String> {
     }
 }
 
-/// The first program of that name on `PATH`.
+/// The first program of that name on `PATH`; only once that is asked does `PATH` matter.
 fn on_path(name: &str) -> Option<PathBuf> {
+    println!("cargo::rerun-if-env-changed=PATH");
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path)
         .map(|directory| directory.join(name))
@@ -44,9 +44,10 @@ fn on_path(name: &str) -> Option<PathBuf> {
 impl Toolkit {
     /// The toolkit to use, or what to do about there being none.
     pub(crate) fn find(root: &Path) -> Result<Self, String> {
-        println!("cargo::rerun-if-env-changed=PATH");
         if let Some(nvcc) = variable("NVCC") {
-            return Self::open(Path::new(&nvcc)).map_err(|e| format!("NVCC: {e}"));
+            return Self::open(Path::new(&nvcc)).map_err(|e| {
+                format!("NVCC: {e}; unset it, or name an nvcc of release 12.4 or newer")
+            });
         }
         let exe = if cfg!(windows) { "nvcc.exe" } else { "nvcc" };
         let named = [
@@ -60,12 +61,13 @@ impl Toolkit {
         .map(PathBuf::from);
         let usual = ["/usr/local/cuda", "/opt/cuda"].map(PathBuf::from);
         let made = root.join("target/cuda");
-        // Looked at again when it appears.
-        println!("cargo::rerun-if-changed={}", made.join("stamp").display());
+        if made.join("stamp").is_file() {
+            println!("cargo::rerun-if-changed={}", made.join("stamp").display());
+        }
         let candidates = named
             .chain([made])
             .map(|root| root.join("bin").join(exe))
-            .chain(on_path(exe))
+            .chain(std::iter::once_with(|| on_path(exe)).flatten())
             .chain(usual.map(|root| root.join("bin").join(exe)))
             .filter(|file| file.is_file());
         let mut faults = Vec::new();
@@ -166,8 +168,7 @@ pub(crate) fn find_libclang(root: &Path) -> Result<(), String> {
 
 /// The compiler's own headers (stddef.h), which a libclang that came alone lacks.
 pub(crate) fn compiler_headers() -> Option<PathBuf> {
-    let cc = std::env::var_os("CC");
-    let cc = cc.as_deref().unwrap_or(OsStr::new("cc"));
+    let cc = variable("CC").unwrap_or_else(|| "cc".to_owned());
     let run = Command::new(cc).arg("-print-file-name=include").output();
     let text = String::from_utf8(run.ok()?.stdout).ok()?;
     let directory = PathBuf::from(text.trim());

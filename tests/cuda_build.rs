@@ -3,6 +3,8 @@
 #[path = "../build/targets.rs"]
 mod targets;
 
+use std::path::Path;
+
 use targets::{Targets, parse_dependencies, parse_list, parse_release};
 
 fn known(list: &str) -> Vec<String> {
@@ -118,5 +120,33 @@ fn dependency_files_are_read() {
     assert_eq!(parse_dependencies("C:/out/a.fatbin : C:/a.cu"), ["C:/a.cu"]);
     for empty in ["", "no colon", "target : \n"] {
         assert_eq!(parse_dependencies(empty), Vec::<String>::new(), "{empty}");
+    }
+}
+
+/// docs.rs has no toolkit; what it builds with is what one generates. To write it anew:
+/// `RINGTP_UPDATE_GATES=1 cargo test --features cuda --test cuda_build`.
+#[test]
+#[cfg(feature = "cuda")]
+fn bindings_for_documentation_are_those_generated() {
+    if env!("RINGTP_NVCC_RELEASE") != "13.5" {
+        println!(
+            "SKIPPED: they are of nvcc 13.5, this is {}",
+            env!("RINGTP_NVCC_RELEASE")
+        );
+        return;
+    }
+    let prepared = Path::new(env!("CARGO_MANIFEST_DIR")).join("build/prepared");
+    for name in ["driver.rs", "abi.rs"] {
+        let generated = std::fs::read_to_string(Path::new(env!("OUT_DIR")).join(name)).unwrap();
+        let prepared = prepared.join(name);
+        if std::env::var_os("RINGTP_UPDATE_GATES").is_some() {
+            std::fs::write(&prepared, &generated).unwrap();
+        }
+        let found = std::fs::read_to_string(&prepared).unwrap();
+        assert!(
+            found == generated,
+            "{} is out of date; RINGTP_UPDATE_GATES=1 writes it",
+            prepared.display()
+        );
     }
 }

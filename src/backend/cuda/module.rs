@@ -23,8 +23,10 @@ pub(super) struct Fatbin {
 
 /// Bytes where the driver wants them: at a multiple of 16.
 #[repr(C, align(16))]
+#[allow(dead_code, reason = "built without a toolkit, the list is empty")]
 pub(super) struct Aligned<T: ?Sized>(pub(super) T);
 
+#[allow(unused_imports, reason = "built without a toolkit, the list is empty")]
 mod generated {
     use super::{Aligned, Fatbin};
     include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
