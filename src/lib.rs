@@ -2,7 +2,8 @@
 //!
 //! One model is split over N ranks; each computes its heads and columns, and two all-reduces a
 //! layer put the parts together. Today ranks are threads on the CPU; the traits
-//! [`backend::Backend`] and [`comm::Communicator`] are made for GPUs to come.
+//! [`backend::Backend`] and [`comm::Communicator`] are made for GPUs to come. The feature `cuda`
+//! adds `backend::cuda`: the device layer and the first kernels.
 //!
 //! ```
 //! use ringtp::generate::{Llm, SamplingParams};
