@@ -1,7 +1,7 @@
 //! Time, and who knows how much of whose: epochs, what a warp's lanes know, and how barriers
 //! and releases hand it on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use super::Race;
@@ -241,7 +241,7 @@ impl Learned {
         }
     }
 
-    fn is_same(&self, other: &Self) -> bool {
+    pub(super) fn is_same(&self, other: &Self) -> bool {
         same(&self.sure, &other.sure) && same(&self.fenced, &other.fenced)
     }
 }
@@ -341,7 +341,12 @@ pub struct WarpClock {
     pub(super) marks: [[Option<Arc<Mark>>; 3]; LANES],
     /// What relaxed reads found at flags, for the lane's next fence to acquire.
     pub(super) pending: Vec<Pending>,
+    /// What lanes learned last: who spins reads the same over and over.
+    heard: VecDeque<(usize, Learned)>,
 }
+
+/// See `WarpClock::heard`.
+const MOST_HEARD: usize = 16;
 
 impl Default for WarpClock {
     fn default() -> Self {
@@ -361,6 +366,7 @@ impl Default for WarpClock {
             }; LANES],
             marks: [const { [const { None }; 3] }; LANES],
             pending: Vec::new(),
+            heard: VecDeque::new(),
         }
     }
 }
@@ -369,6 +375,19 @@ impl WarpClock {
     pub(super) fn advance(&mut self) -> u32 {
         self.time += 1;
         self.time
+    }
+
+    /// A lane learns what a release left at a flag.
+    pub(super) fn learn(&mut self, lane: usize, learned: &Learned) {
+        let again = |heard: &&(usize, Learned)| heard.0 == lane && heard.1.is_same(learned);
+        if self.heard.iter().find(again).is_some() {
+            return;
+        }
+        self.learned[lane].join(learned);
+        if self.heard.len() == MOST_HEARD {
+            self.heard.pop_front();
+        }
+        self.heard.push_back((lane, learned.clone()));
     }
 
     /// The lanes of `members` learn of each other's accesses so far, and of what each of them

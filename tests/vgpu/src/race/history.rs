@@ -1,6 +1,7 @@
 //! Old values: the last writes to each word that strong accesses touch, in coherence order, and
 //! which of them a strong read may return.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
@@ -127,7 +128,7 @@ struct History {
     at: u8,
     bytes: u8,
     stale: u32,
-    writes: Vec<Write>,
+    writes: VecDeque<Write>,
 }
 
 /// The histories of a stretch of memory, by word.
@@ -220,7 +221,7 @@ impl Flags {
             at: 0,
             bytes: bytes as u8,
             stale: 0,
-            writes: vec![write],
+            writes: VecDeque::from([write]),
         };
         self.words.insert(offset / 4, history);
     }
@@ -246,7 +247,7 @@ impl Flags {
             return None;
         };
         // Memory of the host changes without a word.
-        let last = history.writes.last().map(|w| w.value);
+        let last = history.writes.back().map(|w| w.value);
         if access.old != last
             && let Some(value) = access.old
         {
@@ -286,10 +287,12 @@ impl Flags {
             at: (access.offset % 4) as u8,
             bytes: access.bytes as u8,
             stale: 0,
-            writes: Vec::with_capacity(2),
+            writes: VecDeque::with_capacity(2),
         };
         if let Some(old) = access.old {
-            history.writes.push(Write::anonymous(old, Known::ToAll));
+            history
+                .writes
+                .push_back(Write::anonymous(old, Known::ToAll));
         }
         let write = history.write(race, agent, notes, value, access);
         history.push(write);
@@ -305,7 +308,7 @@ impl History {
 
     fn insert(&mut self, mut place: usize, write: Write) {
         if self.writes.len() == MOST_WRITES {
-            self.writes.remove(0);
+            self.writes.pop_front();
             place = place.saturating_sub(1);
         }
         self.writes.insert(place, write);
@@ -450,7 +453,7 @@ impl History {
         }
         // A read-modify-write hands on what it found, if the two are morally strong.
         if access.reads
-            && let Some(before) = self.writes.last()
+            && let Some(before) = self.writes.back()
         {
             let reaches = before
                 .scope

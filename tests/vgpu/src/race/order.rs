@@ -141,6 +141,8 @@ pub(super) struct Pending {
     lane: usize,
     scope: Scope,
     learned: Learned,
+    /// What was found last: who spins finds it again.
+    last: Learned,
 }
 
 /// The release patterns that a strong write by a lane ends, its own release included. The
@@ -196,7 +198,7 @@ pub(super) fn observe(
     for release in releases {
         if access.raced {
             // What a flag guards whose own accesses race is a consequence of that.
-            clock.learned[lane].join(&release.learned);
+            clock.learn(lane, &release.learned);
             continue;
         }
         if !release.reaches(race, release.scope, reader.block()) {
@@ -211,7 +213,7 @@ pub(super) fn observe(
             clock.wait_for_fence(lane, need, &release.learned);
             notes.add(note.because(Reason::FlagReadRelaxed, note.reader_op));
         } else if release.reaches(race, scope, reader.block()) {
-            clock.learned[lane].join(&release.learned);
+            clock.learn(lane, &release.learned);
         } else {
             notes.add(note.because(Reason::AcquireTooNarrow, note.reader_op));
         }
@@ -225,11 +227,16 @@ impl WarpClock {
             .iter_mut()
             .find(|p| p.lane == lane && p.scope == scope);
         match same {
-            Some(pending) => pending.learned.join(learned),
+            Some(pending) if pending.last.is_same(learned) => {}
+            Some(pending) => {
+                pending.learned.join(learned);
+                pending.last = learned.clone();
+            }
             None => self.pending.push(Pending {
                 lane,
                 scope,
                 learned: learned.clone(),
+                last: learned.clone(),
             }),
         }
     }

@@ -1,7 +1,7 @@
 //! Sets of reads that many words share, each known by a number: a set is one read and the set
 //! before it. A warp reads a row, and thirty-two words have the same story; so that they also
 //! have the same number, a read's lanes are kept rotated by the number of the word (a row that
-//! lane `n` reads at word `n` is lane 0 everywhere).
+//! lane `n` reads at word `n` is lane 0 everywhere), or of the part of it that was read.
 
 use rustc_hash::FxHashMap;
 
@@ -38,14 +38,23 @@ impl Reader {
             block,
             warp,
             time,
-            rotated: lanes.rotate_right(word),
+            rotated: lanes.rotate_right(turn(word, touch)),
             touch,
         }
     }
 
     /// The lanes that read this word.
     pub(super) fn lanes(&self, word: u32) -> u32 {
-        self.rotated.rotate_left(word)
+        self.rotated.rotate_left(turn(word, self.touch))
+    }
+}
+
+/// How far lanes are rotated: by bytes and halves, four and two lanes to a word.
+fn turn(word: u32, touch: Touch) -> u32 {
+    match touch.bytes().count_ones() {
+        1 => word.wrapping_mul(4),
+        2 => word.wrapping_mul(2),
+        _ => word,
     }
 }
 
@@ -56,8 +65,9 @@ pub(super) struct Readers {
     first: u32,
     list: Vec<(Reader, u32)>,
     numbers: FxHashMap<Reader, u32>,
-    /// The last question and its answer: the next word of the row asks the same.
-    last: Option<(Reader, u32)>,
+    /// The last questions and their answers, by the first byte read: the next word of the row
+    /// asks the same.
+    last: [Option<(Reader, u32)>; 4],
 }
 
 impl Readers {
@@ -74,13 +84,14 @@ impl Readers {
 
     /// The set with one more read, unless it is full or has it already.
     pub(super) fn push(&mut self, reader: Reader) -> u32 {
-        if let Some((question, answer)) = self.last
+        let at = reader.touch.bytes().trailing_zeros() as usize & 3;
+        if let Some((question, answer)) = self.last[at]
             && question == reader
         {
             return answer;
         }
         let answer = self.find_or_add(reader);
-        self.last = Some((reader, answer));
+        self.last[at] = Some((reader, answer));
         answer
     }
 

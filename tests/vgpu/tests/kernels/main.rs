@@ -2,5 +2,6 @@
 //! (`mutants.cu`). They need nvcc; `tests/setup-cuda` in the root of the project makes one.
 
 mod clean;
+mod determinism;
 mod gpu;
 mod mutants;
