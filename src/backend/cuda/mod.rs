@@ -15,7 +15,7 @@
 //!
 //! Nothing is global: there is one driver in a process, but no state of this crate's beside it,
 //! and no thread needs a current context. `cust` sets devices up; calls beside which kernels
-//! may run go through our own bindings ([`sys`]), because any of them may return a code that is
+//! may run go through our own bindings (`sys`), because any of them may return a code that is
 //! newer than `cust`'s enum, which would be undefined behaviour. Each file says why where it
 //! does not use `cust`'s type.
 //!

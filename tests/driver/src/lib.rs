@@ -2,8 +2,8 @@
 //!
 //! **The virtual GPU, always.** Depending on this crate makes cargo build `tests/vgpu` and start
 //! tests with it as their `libcuda.so.1` (`build.rs` says how); `.cargo/config.toml` gives it eight
-//! devices. A test takes the driver with [`take`], which checks when it is dropped that no
-//! finding is left; one that provokes findings takes them with [`Taken::findings`].
+//! devices. A test takes the driver with `take`, which checks when it is dropped that no
+//! finding is left; one that provokes findings takes them with `Taken::findings`.
 //!
 //! **A real driver as well, where there is one.** Every test file has
 //! `test_driver::also_on_a_real_driver!()`: a test that starts the file's other tests again
@@ -11,7 +11,7 @@
 //! installed. `RINGTP_DRIVER` chooses: `vgpu`, `real`, or `both`, which makes a missing driver an
 //! error; unset is `vgpu`, plus `real` where present.
 //!
-//! What a machine lacks is never left out in silence: [`Taken::has_devices`] prints SKIPPED.
+//! What a machine lacks is never left out in silence: `Taken::has_devices` prints SKIPPED.
 
 #![cfg(all(feature = "vgpu", target_os = "linux"))]
 

@@ -31,7 +31,7 @@
 //!   ever hold, the test says so.
 //! - `races none` (the default) promises that the race check finds nothing; `races some` that it
 //!   finds something in some run, and `races NAME` that what it finds is missing is `NAME`, of
-//!   the names of [`Reason`](crate::finding::Reason).
+//!   the names of [`Reason`].
 
 mod parse;
 mod ptx;
