@@ -129,10 +129,10 @@ fn dependency_files_are_read() {
 #[cfg(feature = "cuda")]
 fn bindings_for_documentation_are_those_generated() {
     if env!("RINGTP_NVCC_RELEASE") != "13.5" {
-        println!(
-            "SKIPPED: they are of nvcc 13.5, this is {}",
+        test_driver::skipped(format_args!(
+            "they are of nvcc 13.5, this is {}",
             env!("RINGTP_NVCC_RELEASE")
-        );
+        ));
         return;
     }
     let prepared = Path::new(env!("CARGO_MANIFEST_DIR")).join("build/prepared");

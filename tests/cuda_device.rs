@@ -336,7 +336,7 @@ fn devices_reach_each_others_slabs() {
     }
     let peer = Context::new(1).expect("device 1");
     if !gpu.context.can_access(&peer).expect("an answer") {
-        println!("SKIPPED: devices 0 and 1 cannot reach each other");
+        test_driver::skipped("devices 0 and 1 cannot reach each other");
         return;
     }
     gpu.context.enable_access(&peer).expect("access");
@@ -509,7 +509,7 @@ fn wrong_launches_are_refused_by_name() {
             short.contains("80 bytes of parameters, found 24"),
             "{short}"
         ),
-        None => println!("SKIPPED: this driver cannot say how many bytes a kernel takes"),
+        None => test_driver::skipped("this driver cannot say how many bytes a kernel takes"),
     }
     // All of shared memory is not too much.
     let launch = one.shared(shared);

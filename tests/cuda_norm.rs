@@ -337,7 +337,7 @@ fn agrees_with_the_cpu_backend() {
 #[test]
 fn a_column_too_many_is_found() {
     if !test_driver::is_virtual() {
-        println!("SKIPPED: a real device need not notice an access out of bounds");
+        test_driver::skipped("a real device need not notice an access out of bounds");
         return;
     }
     let words = test_driver::in_a_child("a_column_too_many_is_found", || {

@@ -16,6 +16,7 @@
 #![cfg(all(feature = "vgpu", target_os = "linux"))]
 
 use std::ffi::{CStr, c_char, c_void};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -29,6 +30,13 @@ const AGAIN: &str = "RINGTP_TEST_AGAIN";
 const CHILD: &str = "RINGTP_TEST_IN_A_CHILD";
 
 type TakeFindings = unsafe extern "C" fn(*mut c_char, usize, *mut usize) -> u32;
+
+/// Says that something was left out and why, also where the test harness keeps what tests print to
+/// itself.
+pub fn skipped(why: impl std::fmt::Display) {
+    // If standard error is closed, there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
+}
 
 /// A function that the loaded driver has only if it is the virtual one.
 fn take_findings() -> Option<TakeFindings> {
@@ -74,7 +82,7 @@ pub struct Taken {
 /// one out.
 pub fn take() -> Option<Taken> {
     if is_virtual() && choice() == Choice::Real {
-        println!("SKIPPED: on the virtual GPU, since RINGTP_DRIVER=real");
+        skipped("on the virtual GPU, since RINGTP_DRIVER=real");
         return None;
     }
     let guard = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
@@ -96,7 +104,9 @@ impl Taken {
                 !is_virtual(),
                 "VGPU_DEVICES: this test needs {wanted} devices, found {there}; unset it"
             );
-            println!("SKIPPED: needs {wanted} devices, this driver has {there}");
+            skipped(format_args!(
+                "needs {wanted} devices, this driver has {there}"
+            ));
         }
         there >= wanted
     }
@@ -162,11 +172,11 @@ pub fn run_again_on_a_real_driver(this: &str) {
     }
     let driver = match (choice(), real_driver()) {
         (Choice::Vgpu, _) => {
-            println!("SKIPPED: on a real driver, since RINGTP_DRIVER=vgpu");
+            skipped("on a real driver, since RINGTP_DRIVER=vgpu");
             return;
         }
         (Choice::Default, None) => {
-            println!("SKIPPED: on a real driver: no libcuda.so.1 is installed");
+            skipped("on a real driver: no libcuda.so.1 is installed");
             return;
         }
         (Choice::Real | Choice::Both, None) => {
@@ -197,7 +207,7 @@ pub fn run_again_on_every_architecture(this: &str) {
         return;
     }
     if choice() == Choice::Real {
-        println!("SKIPPED: on virtual GPUs, since RINGTP_DRIVER=real");
+        skipped("on virtual GPUs, since RINGTP_DRIVER=real");
         return;
     }
     for arch in ["80", "100", "120"] {
