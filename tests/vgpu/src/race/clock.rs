@@ -46,6 +46,11 @@ impl Epoch {
         self.0 as u32 & ((1 << TIME_BITS) - 1)
     }
 
+    /// The same thread at another time.
+    pub(super) fn at(self, time: u32) -> Self {
+        Self::new(self.block(), self.warp(), self.lane(), time)
+    }
+
     /// The thread, without its time.
     pub(super) fn thread(self) -> u64 {
         self.0 >> TIME_BITS

@@ -107,6 +107,10 @@ impl Write {
             })
     }
 
+    fn is_by(&self, thread: Epoch) -> bool {
+        self.known == Known::ByEpoch && self.by.thread() == thread.thread()
+    }
+
     fn seen_by(&mut self, reader: Epoch) {
         let warp = Epoch::new(reader.block(), reader.warp(), 0, reader.time());
         let lane = 1 << reader.lane();
@@ -172,16 +176,16 @@ impl Flags {
     /// Forgets the histories that an access of this place and size touches in part only: it is
     /// not morally strong with theirs, and sees what is in memory.
     fn drop_others(&mut self, offset: u32, bytes: u32) {
+        if self.words.is_empty() {
+            return;
+        }
         let word = offset / 4;
         if bytes == 8 {
             self.words.remove(&(word + 1));
         } else if word % 2 == 1 && self.words.get(&(word - 1)).is_some_and(|h| h.bytes == 8) {
             self.words.remove(&(word - 1));
         }
-        let same = |h: &History| (u32::from(h.at), u32::from(h.bytes)) == (offset % 4, bytes);
-        if self.words.get(&word).is_some_and(|h| !same(h)) {
-            self.words.remove(&word);
-        }
+        self.words.remove(&word);
     }
 
     /// Somebody wrote these bytes weakly, or in a way that orders everything: no older value
@@ -238,11 +242,10 @@ impl Flags {
     ) -> Option<u64> {
         notes.strong |= 1 << agent.warp;
         let FlagAccess { offset, bytes, .. } = access;
-        let word = offset / 4;
-        if !self.words.is_empty() {
+        let same = |h: &&mut History| (u32::from(h.at), u32::from(h.bytes)) == (offset % 4, bytes);
+        let Some(history) = self.words.get_mut(&(offset / 4)).filter(same) else {
+            // No two histories overlap: this one's place is made here or never.
             self.drop_others(offset, bytes);
-        }
-        let Some(history) = self.words.get_mut(&word) else {
             self.begin(race, agent, notes, &access);
             return None;
         };
@@ -402,11 +405,10 @@ impl History {
                 }
                 continue;
             }
-            order::observe(race, agent.clock, notes, access, &write.releases, note);
+            order::observe(race, agent, notes, access, &write.releases, note);
         }
         let write = &mut self.writes[taken];
-        let own = write.known == Known::ByEpoch && write.by.thread() == reader.thread();
-        if access.new.is_none() && !own && write.known != Known::ToAll {
+        if access.new.is_none() && !write.is_by(reader) && write.known != Known::ToAll {
             write.seen_by(reader);
         }
     }
@@ -439,12 +441,9 @@ impl History {
         }
         // A release at this flag by the same thread goes on through its later writes (PTX ISA,
         // the second release pattern).
-        let own = self
-            .writes
-            .iter()
-            .rev()
-            .find(|w| w.by.thread() == by.thread());
-        if let Some(own) = own {
+        if let Some(own) = self.writes.iter().rev().find(|w| w.is_by(by))
+            && !own.releases.is_empty()
+        {
             let again = own.releases.iter().filter(|r| {
                 r.by.thread() == by.thread() && !releases.iter().any(|n| n.scope >= r.scope)
             });

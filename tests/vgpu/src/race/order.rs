@@ -9,6 +9,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use super::agent::Agent;
 use super::clock::{Epoch, Knowledge, Learned, Near, WarpClock};
 use super::history::FlagAccess;
 use super::words::{Note, Notes};
@@ -24,7 +25,8 @@ const MOST_RELEASES: usize = 8;
 /// The beginning of a release pattern, as the write that ends it leaves it at the flag.
 #[derive(Debug)]
 pub(super) struct Release {
-    /// Who released: for the reach of its scope, and for words.
+    /// Who released: for the reach of its scope, and for words. Who knows of this epoch of the
+    /// thread's has learned all this, because knowledge is only ever handed on whole.
     pub(super) by: Epoch,
     /// The release or fence.
     pub(super) op: u32,
@@ -124,7 +126,7 @@ impl Mark {
         let release = self.release.get_or_init(|| {
             let learned = release_now(race, launch, by, self.time, &self.near, &self.learned);
             Arc::new(Release {
-                by,
+                by: by.at(self.time - 1),
                 op: self.op,
                 scope: self.scope,
                 merged: false,
@@ -187,7 +189,7 @@ pub(super) fn releases(
 /// morally strong.
 pub(super) fn observe(
     race: &Race,
-    clock: &mut WarpClock,
+    agent: &mut Agent,
     notes: &mut Notes,
     access: &FlagAccess,
     releases: &[Arc<Release>],
@@ -198,7 +200,10 @@ pub(super) fn observe(
     for release in releases {
         if access.raced {
             // What a flag guards whose own accesses race is a consequence of that.
-            clock.learn(lane, &release.learned);
+            agent.clock.learn(lane, &release.learned);
+            continue;
+        }
+        if !release.merged && agent.knows(race, release.by) {
             continue;
         }
         if !release.reaches(race, release.scope, reader.block()) {
@@ -210,10 +215,10 @@ pub(super) fn observe(
                 .into_iter()
                 .find(|&s| release.reaches(race, s, reader.block()))
                 .unwrap_or(Scope::Sys);
-            clock.wait_for_fence(lane, need, &release.learned);
+            agent.clock.wait_for_fence(lane, need, &release.learned);
             notes.add(note.because(Reason::FlagReadRelaxed, note.reader_op));
         } else if release.reaches(race, scope, reader.block()) {
-            clock.learn(lane, &release.learned);
+            agent.clock.learn(lane, &release.learned);
         } else {
             notes.add(note.because(Reason::AcquireTooNarrow, note.reader_op));
         }

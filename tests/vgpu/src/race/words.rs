@@ -10,7 +10,9 @@ use crate::finding::Reason;
 use crate::memory::{Order, Scope};
 
 /// Notes kept of a block.
-const MOST_NOTES: usize = 32;
+const MOST_NOTES: usize = 64;
+/// How far back to look for the same note: whoever polls writes it again and again.
+const LOOK_BACK: usize = 4;
 /// Fences kept of a block.
 const MOST_FENCES: usize = 8;
 
@@ -25,6 +27,8 @@ pub(super) struct Note {
     pub(super) writer_op: u32,
     pub(super) reader: Epoch,
     pub(super) reader_op: u32,
+    /// The lanes of the reader's warp that read it.
+    lanes: u32,
 }
 
 impl Note {
@@ -42,6 +46,7 @@ impl Note {
             writer_op,
             reader,
             reader_op,
+            lanes: 1 << reader.lane(),
         }
     }
 
@@ -61,22 +66,22 @@ pub struct Notes {
 }
 
 impl Notes {
-    #[cold]
     pub(super) fn add(&mut self, note: Note) {
-        let same = self.notes.iter_mut().find(|n| {
-            (n.flag, n.reason, n.op) == (note.flag, note.reason, note.op)
-                && n.writer.thread() == note.writer.thread()
-                && n.reader.thread() == note.reader.thread()
-        });
-        match same {
-            Some(same) => *same = note,
-            None => {
-                if self.notes.len() == MOST_NOTES {
-                    self.notes.pop_front();
-                }
-                self.notes.push_back(note);
+        let warp = |n: &Note| (n.reader.block(), n.reader.warp());
+        let last = self.notes.iter_mut().rev().take(LOOK_BACK);
+        for same in last {
+            if (same.flag, same.op, same.writer) == (note.flag, note.op, note.writer)
+                && same.reason == note.reason
+                && warp(same) == warp(&note)
+            {
+                same.lanes |= note.lanes;
+                return;
             }
         }
+        if self.notes.len() == MOST_NOTES {
+            self.notes.pop_front();
+        }
+        self.notes.push_back(note);
     }
 
     /// A fence of some lanes follows what they read relaxed: it is an acquire, or if what it
@@ -85,7 +90,7 @@ impl Notes {
         for note in &mut self.notes {
             let reader = note.reader;
             let mine = (reader.block(), reader.warp()) == (block, warp);
-            if mine && mask >> reader.lane() & 1 != 0 && note.reason == Reason::FlagReadRelaxed {
+            if mine && mask & note.lanes != 0 && note.reason == Reason::FlagReadRelaxed {
                 note.reason = Reason::AcquireTooNarrow;
                 note.op = op;
             }
