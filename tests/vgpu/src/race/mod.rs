@@ -1,5 +1,50 @@
-//! Happens-before: who knows of whose accesses, which accesses nothing orders, and which old
-//! values a strong read may still return.
+//! The memory model: who knows of whose accesses, which accesses nothing orders, and which old
+//! values a strong read may still return. After the PTX ISA, "Memory Consistency Model".
+//!
+//! **Happens-before.** Every access has an *epoch*: the thread that made it and that thread's
+//! time. A warp's time advances whenever what its lanes have done is handed on (a barrier, a
+//! release, a fence), so "T knows all of warp W's accesses before time t" says everything there
+//! is to say about ordering. What a lane knows has four parts (`clock`): of its own warp
+//! (`bar.warp.sync`), of the other warps of its block (barriers), of threads elsewhere (flags),
+//! and of finished work (streams). Knowledge is only ever handed on whole, so it is transitive:
+//! that is base causality order. Shuffles and votes order nothing.
+//!
+//! **Races.** Memory keeps, for each word, the epoch of the last write and the reads since
+//! (`shadow`). An access that finds an epoch its thread does not know is a race, unless the two
+//! are morally strong: both strong, scopes that include each other, the same size.
+//!
+//! **Flags.** A strong write keeps, with its own scope, every release pattern that it ends: the
+//! scope of the release or fence and what its thread knew then (`order`). A read-modify-write
+//! hands on the patterns of the write it reads, if the two are morally strong (observation
+//! order). A strong read that is morally strong with the write joins those patterns whose first
+//! operation is morally strong with its acquire; a relaxed read keeps them for a later fence.
+//!
+//! **Old values.** Words that strong writes touch keep their last writes in coherence order
+//! (`history`), each with the reads that saw it. That list is all there is of a *view*: a strong
+//! read may take any write that is not older than the newest one which its thread knows, or of
+//! which it knows a read. Why each axiom holds:
+//!
+//! - *Coherence, Causality*: a write that precedes a read or write in causality order is known to
+//!   it, or was read (strongly) by something known to it: causality is base causality, perhaps
+//!   after one observation. Older writes are not offered to the read, and the write goes behind.
+//! - *SC per location*: a thread knows its own reads and writes, and they move forward only.
+//! - *Atomicity*: a read-modify-write reads the newest write and comes right behind it; no store
+//!   is put before a read-modify-write.
+//! - *Fence-SC*: each `fence.sc` learns what all earlier ones that are morally strong with it
+//!   knew (a table a block, a device, the system). That hides old values but excuses no race: in
+//!   another run the fences come in the other order.
+//! - *No thin air*: operations run in program order on values that exist.
+//!
+//! A store may be put before others that its thread does not know, so that `2+2W`, `R` and `S`
+//! appear. Which value a read takes is drawn from the seed ([`Stale`]); after 64 old values of one
+//! write the new one is seen, so that spinners end.
+//!
+//! **Not modelled**: load buffering (a read that sees a store after it); read-modify-writes that
+//! lose atomicity because their scopes are too narrow (the scopes are reported as a race); old
+//! values of weak reads (reported as races as well), of words accessed in several sizes, of one-
+//! and two-byte words overlapping others, and beyond the last eight writes; clusters count as
+//! blocks. Stores of the host to mapped memory that nobody told of appear as writes at system
+//! scope that release nothing.
 
 mod agent;
 mod clock;

@@ -1,7 +1,8 @@
 //! Kernels without a fault give the right results, whatever order they run in, and no findings.
 
 use crate::gpu::{Arg, Gpu, compile};
-use vgpu::machine::{Command, Progress};
+use vgpu::machine::{Command, Config, Progress};
+use vgpu::race::Stale;
 
 /// Runs a kernel, which must be right and clean, on many seeds: the results must be the same.
 fn on_seeds<T: bytemuck::Pod + PartialEq + std::fmt::Debug>(
@@ -11,11 +12,24 @@ fn on_seeds<T: bytemuck::Pod + PartialEq + std::fmt::Debug>(
     let module = compile("clean.cu");
     let mut first: Option<Vec<T>> = None;
     for seed in 0..seeds {
-        let mut gpu = Gpu::new(&module, seed);
-        let out = case(&mut gpu);
-        match &first {
-            None => first = Some(out),
-            Some(first) => assert!(*first == out, "seed {seed}: {out:?}, not {first:?}"),
+        // Any old value now and then, and the adversary that always has the oldest.
+        for stale in [Stale::Random, Stale::Oldest] {
+            let config = Config {
+                seed,
+                stale,
+                ..Config::default()
+            };
+            let mut gpu = Gpu::with(&module, config);
+            let out = case(&mut gpu);
+            match &first {
+                None => first = Some(out),
+                Some(first) => {
+                    assert!(
+                        *first == out,
+                        "seed {seed}, {stale:?}: {out:?}, not {first:?}"
+                    );
+                }
+            }
         }
     }
     first.expect("there is at least one seed")

@@ -5,6 +5,7 @@
 //! `VGPU_LITMUS_PROGRAMS` that of random programs (default 400).
 
 mod axioms;
+mod host;
 mod random;
 
 use std::path::{Path, PathBuf};
