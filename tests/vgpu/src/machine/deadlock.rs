@@ -5,7 +5,12 @@ use std::hash::{DefaultHasher, Hasher};
 
 use super::WarpState;
 use super::engine::Machine;
-use crate::finding::{Fault, Finding, Kind, Thread};
+use super::streams::{Command, Queued, Stream};
+use super::warp::{Polled, Wait};
+use crate::finding::{Fault, Finding, Kind, Place, Thread};
+
+/// Groups of lanes named in a report.
+const MOST_WORDS: usize = 8;
 
 impl Machine {
     /// Whether every warp, run alone, comes back to a state it has been in without having
@@ -63,85 +68,139 @@ impl Machine {
         let mut findings = Vec::new();
         for resident in &self.resident {
             let device = resident.launch.device;
-            if stuck.contains(&device) {
-                continue;
+            if !stuck.contains(&device) {
+                stuck.push(device);
+                findings.push(self.stuck_on(device, calls));
             }
-            stuck.push(device);
-            let mut words = Vec::new();
-            let mut first = None;
-            let blocks = self.resident.iter().filter(|r| r.launch.device == device);
-            for r in blocks.clone() {
-                for warp in &r.warps {
-                    for (op, group) in warp.positions(&r.launch) {
-                        let thread = Thread {
-                            device,
-                            block: r.block.index,
-                            thread: warp.thread_index(group.mask.trailing_zeros() as usize % 32),
-                        };
-                        if first.is_none() {
-                            first = Some((op.place.clone(), thread));
-                        }
-                        if words.len() < 8 {
-                            words.push(format!(
-                                "block {:?} warp {} lanes {:#x} {} at {}",
-                                r.block.index,
-                                warp.index,
-                                group.mask,
-                                match group.wait {
-                                    super::warp::Wait::Barrier(id) => {
-                                        let (come, wanted) =
-                                            r.block.barriers.progress(id, &r.existing, &r.live);
-                                        format!("wait at barrier {id} ({come} of {wanted} threads)")
-                                    }
-                                    super::warp::Wait::Lanes => "wait for lanes".to_owned(),
-                                    _ => "spin".to_owned(),
-                                },
-                                op.place
-                            ));
-                        }
-                    }
-                }
+        }
+        let waits = |stream: &Stream| stream.busy || !stream.queue.is_empty();
+        for stream in self.streams.values().filter(|s| waits(s)) {
+            if !stuck.contains(&stream.device) {
+                stuck.push(stream.device);
             }
-            let not_resident: u64 = self
-                .grids
-                .values()
-                .filter(|g| g.launch.device == device)
-                .map(|g| g.waiting())
-                .sum();
-            if not_resident > 0 {
-                words.push(format!(
-                    "{not_resident} blocks do not fit on the device beside the {} that wait",
-                    blocks.count()
-                ));
-            }
-            findings.push(Finding {
-                kind: Kind::Deadlock,
-                place: first.as_ref().map(|(place, _)| (**place).clone()),
-                thread: first.map(|(_, thread)| thread),
-                address: None,
-                other: None,
-                reason: None,
-                message: format!(
-                    "nothing can advance any more: {}{}",
-                    words.join("; "),
-                    if calls.is_empty() {
-                        String::new()
-                    } else {
-                        format!("; the host waits in {}", calls.join(", "))
-                    }
-                ),
-            });
         }
         for finding in findings {
             self.world.findings.report(finding);
         }
-        for (_, stream) in self.streams.iter() {
-            if (stream.busy || !stream.queue.is_empty()) && !stuck.contains(&stream.device) {
-                stuck.push(stream.device);
-            }
-        }
         for device in stuck {
             self.fail_device(device, Fault::LaunchTimeout);
         }
+    }
+
+    /// Who waits for what on a device.
+    fn stuck_on(&self, device: u32, calls: &[&str]) -> Finding {
+        let mut words = Vec::new();
+        // Of whoever spins, else of whoever waits at a barrier for those who do.
+        let mut first: Option<(bool, Place, Thread, Option<u64>)> = None;
+        let blocks = || self.resident.iter().filter(|r| r.launch.device == device);
+        for r in blocks() {
+            for warp in &r.warps {
+                for (op, group) in warp.positions(&r.launch) {
+                    let thread = Thread {
+                        device,
+                        block: r.block.index,
+                        thread: warp.thread_index(group.mask.trailing_zeros() as usize % 32),
+                    };
+                    let spins = !matches!(group.wait, Wait::Barrier(_) | Wait::Lanes);
+                    let polled = warp.polled.clone().filter(|_| spins);
+                    let better = first.as_ref().is_none_or(|(before, ..)| spins && !before);
+                    if better {
+                        let place = polled.as_ref().map_or(&op.place, |p| &p.place);
+                        let address = polled.as_ref().map(|p| p.address);
+                        first = Some((spins, (**place).clone(), thread, address));
+                    }
+                    if words.len() < MOST_WORDS {
+                        let doing = match group.wait {
+                            Wait::Barrier(id) => {
+                                let (come, wanted) =
+                                    r.block.barriers.progress(id, &r.existing, &r.live);
+                                format!("wait at barrier {id} ({come} of {wanted} threads)")
+                            }
+                            Wait::Lanes => "wait for lanes".to_owned(),
+                            _ => polled
+                                .as_ref()
+                                .map_or("spin".to_owned(), |p| self.awaited(p)),
+                        };
+                        words.push(format!(
+                            "block {:?} warp {} lanes {:#x} {doing} at {}",
+                            r.block.index, warp.index, group.mask, op.place
+                        ));
+                    }
+                }
+            }
+        }
+        let grids = self.grids.values().filter(|g| g.launch.device == device);
+        let missing: u64 = grids.map(|g| g.waiting()).sum();
+        if missing > 0 {
+            words.push(format!(
+                "{missing} {} not fit on the device beside the {} that wait",
+                if missing == 1 {
+                    "block does"
+                } else {
+                    "blocks do"
+                },
+                blocks().count()
+            ));
+        }
+        // What stands behind the kernels in their streams might have released them.
+        for stream in self
+            .streams
+            .values()
+            .filter(|s| s.device == device && s.busy)
+        {
+            for (queued, _) in stream.queue.iter().take(2) {
+                if let Queued::Command(Command::Kernel(launch)) = queued {
+                    words.push(format!(
+                        "{} stands behind it in its stream and cannot start",
+                        launch.kernel.name
+                    ));
+                }
+            }
+        }
+        if !calls.is_empty() {
+            words.push(format!("the host waits in {}", calls.join(", ")));
+        }
+        let (place, thread, address) = match first {
+            Some((_, place, thread, address)) => (Some(place), Some(thread), address),
+            None => (None, None, None),
+        };
+        Finding {
+            kind: Kind::Deadlock,
+            place,
+            thread,
+            address,
+            other: None,
+            reason: None,
+            message: format!("nothing can advance any more: {}", words.join("; ")),
+        }
+    }
+
+    /// What a warp that spins reads: where it is, its value, and who wrote it.
+    fn awaited(&self, polled: &Polled) -> String {
+        let memory = &self.world.memory;
+        let Some((base, allocation)) = memory.containing(polled.address) else {
+            return format!("spin on {:#x}", polled.address);
+        };
+        let at = (polled.address - base) as usize;
+        let bytes = (polled.bytes as usize)
+            .min(8)
+            .min(allocation.region.len() - at);
+        let mut value = [0; 8];
+        value[..bytes].copy_from_slice(&allocation.region.bytes()[at..at + bytes]);
+        let place = if allocation.region.is_host() {
+            "of the host".to_owned()
+        } else {
+            format!("of device {}", allocation.device)
+        };
+        let shadow = allocation.region.shadow.as_ref();
+        let writer = shadow.and_then(|shadow| memory.race.last_writer(shadow, at as u32 / 4));
+        format!(
+            "spin on {:#x} in memory {place}, which is {}, {}",
+            polled.address,
+            u64::from_le_bytes(value),
+            writer.map_or("which no kernel has written".to_owned(), |writer| {
+                format!("last written by {writer}")
+            })
+        )
     }
 }

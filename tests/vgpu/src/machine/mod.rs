@@ -19,6 +19,7 @@ pub use device::{Device, Properties, SHARED_PER_BLOCK, THREADS_PER_BLOCK};
 pub use engine::{Approximation, Config, Machine, Progress};
 pub use schedule::Schedule;
 pub use streams::{Command, EventId, StreamId, Work};
+pub(crate) use warp::Polled;
 pub use warp::{Frame, Group, Wait, Warp, WarpState};
 
 use crate::finding::{Finding, Findings, Kind, Thread};

@@ -8,8 +8,10 @@
 //! will write would never end.
 
 use super::{Block, Cx, Exchange, Launch, World};
-use crate::finding::{Fault, Finding, Kind};
-use crate::memory::{LaneMemory, Space};
+use std::sync::Arc;
+
+use crate::finding::{Fault, Finding, Kind, Place};
+use crate::memory::LaneMemory;
 use crate::program::{Action, BarrierResult, Op, Step, WarpSync};
 use crate::race::{self, WarpClock};
 use crate::registers::{FULL, LANES, Lanes, Registers, lanes};
@@ -67,6 +69,14 @@ pub struct Frame {
     inside: u32,
 }
 
+/// A strong read, as whoever spins makes them: the first lane's.
+#[derive(Debug, Clone)]
+pub(crate) struct Polled {
+    pub(crate) address: u64,
+    pub(crate) bytes: u32,
+    pub(crate) place: Arc<Place>,
+}
+
 /// What a warp is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WarpState {
@@ -98,8 +108,8 @@ pub struct Warp {
     pub lane_instructions: u64,
     /// `threadIdx`, by axis.
     pub tid: [Lanes; 3],
-    /// The last strong read: its space, the first lane's address, and its bytes.
-    pub(crate) polled: Option<(Space, u64, u32)>,
+    /// The last strong read.
+    pub(crate) polled: Option<Polled>,
     /// Virtual time before which it does not go on, whatever else it could do.
     pub(super) rest_until: u64,
     /// Where a schedule by priorities has it.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
+use std::sync::Arc;
 
 use super::links::{Crossing, Fabric, Links, Reach};
 use super::region::Region;
@@ -9,7 +10,7 @@ use super::{
     Access, Data, FRAME_PARAMS, LOCAL_WINDOW, Order, PARAM_WINDOW, SHARED_WINDOW, Space, space_of,
 };
 use crate::finding::{Fault, Finding, Kind};
-use crate::machine::{Config, Cx, World};
+use crate::machine::{Config, Cx, Polled, World};
 use crate::race::{Agent, Conflict, FlagAccess, Race, StreamClock};
 use crate::registers::{LANES, lanes};
 
@@ -741,7 +742,20 @@ fn arrives(cx: &mut Cx, lane: usize, base: u64, at: u64, doing: Doing) -> Result
 fn poll(cx: &mut Cx, access: &Access) {
     if access.order != Order::Weak {
         let lane = access.mask.trailing_zeros() as usize % LANES;
-        cx.warp.polled = Some((access.space, access.addresses[lane], access.bytes));
+        let (address, bytes) = (access.addresses[lane], access.bytes);
+        match &mut cx.warp.polled {
+            Some(polled) if Arc::ptr_eq(&polled.place, &cx.op.place) => {
+                (polled.address, polled.bytes) = (address, bytes);
+            }
+            polled => {
+                let place = cx.op.place.clone();
+                *polled = Some(Polled {
+                    address,
+                    bytes,
+                    place,
+                });
+            }
+        }
         cx.world.polls += 1;
     }
 }

@@ -160,21 +160,21 @@ impl Agent<'_> {
             non_coherent: false,
             unwritten: false,
         };
-        // The non-coherent path wants memory that nobody writes during the launch, ordered or
-        // not.
+        // The non-coherent path wants memory that nobody, on this device or another, writes during
+        // the launch: an order that came about within it does not help.
         let non_coherent = if wrote {
             self.non_coherent
         } else {
             race.accesses.get(&op).is_some_and(|a| a.non_coherent)
         };
-        if non_coherent && other.block() >= self.launch.first {
-            let same = race.actors[other.block() as usize];
-            if (same.stream, same.number) == (self.launch.stream, self.launch.number) {
-                return Some(Conflict {
-                    non_coherent: true,
-                    ..conflict
-                });
-            }
+        if non_coherent
+            && !race.knows_actor(self.launch, other.block())
+            && !race.knows_through(&self.launch.clock.known, other)
+        {
+            return Some(Conflict {
+                non_coherent: true,
+                ..conflict
+            });
         }
         if self.knows(race, other) || self.morally_strong(race, other, op) {
             return None;

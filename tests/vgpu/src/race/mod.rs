@@ -116,8 +116,6 @@ pub struct LaunchClock {
     clock: StreamClock,
     /// Every block before this one is known.
     floor: u64,
-    /// The first block that can belong to the launch.
-    first: u64,
 }
 
 /// What an operation's accesses are like: the same each time it runs.
@@ -249,7 +247,6 @@ impl Race {
             number,
             clock,
             floor: if all { next } else { 0 },
-            first: next,
         }
     }
 
@@ -333,6 +330,15 @@ impl Race {
             access.map(|a| (a.strong(), a.element, a.non_coherent))
         };
         kind(one) == kind(other)
+    }
+
+    /// Who wrote a word last, and where in the code, in words; None where nobody did.
+    pub fn last_writer(&self, shadow: &Shadow, word: u32) -> Option<String> {
+        let (epoch, op) = shadow.last_write(word)?;
+        Some(match self.describe(epoch, op) {
+            (Some(place), Some(thread)) => format!("{place}, {thread}"),
+            _ => "the host".to_owned(),
+        })
     }
 
     /// Who made an access, and where in the code; nothing of either for the host.

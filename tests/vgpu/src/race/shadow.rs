@@ -101,6 +101,14 @@ impl Shadow {
         }
     }
 
+    /// The last write to a word, and its operation; None where nobody wrote it, or several wrote
+    /// parts of it.
+    pub(super) fn last_write(&self, word: u32) -> Option<(Epoch, u32)> {
+        let cell = self.cells.get(word as usize)?;
+        let known = cell.write != 0 && cell.write != SPLIT;
+        known.then(|| (Epoch(cell.write), Touch(cell.write_touch).op()))
+    }
+
     /// The last write to the bytes of a word, if it conflicts.
     #[inline(always)]
     fn check_write(

@@ -5,6 +5,7 @@ mod child;
 mod clean;
 mod compile;
 mod cuda;
+mod mutants;
 mod node;
 mod peers;
 mod threads;

@@ -25,6 +25,7 @@ fn kernels(file: &str) -> Kernels {
 }
 
 pub(crate) static CLEAN: LazyLock<Kernels> = LazyLock::new(|| kernels("clean.cu"));
+pub(crate) static MUTANTS: LazyLock<Kernels> = LazyLock::new(|| kernels("mutants.cu"));
 
 /// A configuration for a seed: the seeds go through schedules, slow devices and links, and the
 /// ways of reading old values.
@@ -80,6 +81,10 @@ impl Node {
             kernels,
             ranks,
         }
+    }
+
+    pub(crate) fn world(&self) -> u64 {
+        self.ranks.len() as u64
     }
 
     pub(crate) fn stream(&self, rank: usize) -> StreamId {
