@@ -8,4 +8,5 @@ mod cuda;
 mod mutants;
 mod node;
 mod peers;
+mod speed;
 mod threads;
