@@ -168,9 +168,19 @@ const WIDE: i32 = 3_020;
 /// Names that end so are forms of others, and not to be asked for.
 const FORM: [&str; 3] = ["_v2", "_v3", "_v4"];
 
-fn functions() -> &'static BTreeMap<&'static str, usize> {
-    static TABLE: LazyLock<BTreeMap<&'static str, usize>> =
-        LazyLock::new(|| super::tables().into_iter().flatten().collect());
+/// A function of the API.
+pub(crate) struct Function {
+    pub(crate) name: &'static str,
+    pub(crate) address: usize,
+    /// The names and types of its arguments.
+    pub(crate) arguments: &'static [(&'static str, &'static str)],
+}
+
+fn functions() -> &'static BTreeMap<&'static str, Function> {
+    static TABLE: LazyLock<BTreeMap<&'static str, Function>> = LazyLock::new(|| {
+        let all = super::tables().into_iter().flatten();
+        all.map(|function| (function.name, function)).collect()
+    });
     &TABLE
 }
 
@@ -184,7 +194,7 @@ enum Search {
 }
 
 fn search(name: &str, version: i32) -> Search {
-    let form = |symbol: &str| functions().get(symbol).copied();
+    let form = |symbol: &str| functions().get(symbol).map(|f| f.address);
     if let Some((_, forms)) = FORMS.iter().find(|(base, _)| *base == name) {
         let fitting = forms.iter().find(|(since, _)| version >= *since);
         return match fitting.and_then(|(_, symbol)| form(symbol)) {
@@ -259,10 +269,16 @@ api! {
         Err(Status::NOT_SUPPORTED)
     }
 
-    // The names of all functions, each ended by a zero: for the tests of this library.
+    // All functions with their arguments, a line each: for the tests of this library.
     fn vgpuFunctions(text: Out<u8>, capacity: u64, length: Out<u64>) |_driver| {
-        let names: Vec<&str> = functions().keys().copied().collect();
-        let words = names.join("\0") + "\0";
+        let mut words = String::new();
+        for function in functions().values() {
+            words += function.name;
+            for (name, kind) in function.arguments {
+                words += &format!(" {name}:{}", kind.replace(' ', ""));
+            }
+            words.push('\n');
+        }
         length.set(words.len() as u64)?;
         if words.len() as u64 <= capacity {
             text.write(words.as_bytes());

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use super::module::{parse, text_of, words};
+use super::image::Image;
+use super::module::{parse, words};
 use super::status::{In, Out, Outcome, Status};
 use super::{Driver, Handle, KERNEL, LIBRARY, api, explain};
 
@@ -52,10 +53,10 @@ impl Driver {
             .ok_or(Status::INVALID_HANDLE)
     }
 
-    fn load_library(&mut self, image: In<u8>) -> Result<Handle, Status> {
+    fn load_library(&mut self, image: Image) -> Result<Handle, Status> {
         self.potentially_unsafe()?;
         let arch = self.machine.world.config.arch;
-        let text = text_of(image, arch)?;
+        let text = image.ptx(arch)?;
         let functions = parse(&text, arch)?.functions;
         let entries = functions
             .into_iter()
@@ -151,7 +152,7 @@ impl Driver {
     }
 }
 
-fn load(driver: &mut Driver, library: Out<Handle>, image: In<u8>) -> Outcome {
+fn load(driver: &mut Driver, library: Out<Handle>, image: Image) -> Outcome {
     let made = driver.load_library(image)?;
     library.set(made)
 }
@@ -162,7 +163,7 @@ api! {
         _options: u64, _values: u64, _n: u32,
         _library_options: u64, _library_values: u64, _m: u32,
     ) |driver| {
-        load(&mut driver, library, image)
+        load(&mut driver, library, Image::at(image))
     }
 
     fn cuLibraryLoadFromFile(
@@ -170,8 +171,7 @@ api! {
         _options: u64, _values: u64, _n: u32,
         _library_options: u64, _library_values: u64, _m: u32,
     ) |driver| {
-        let image = super::module::read(path)?;
-        load(&mut driver, library, In::at(image.as_ptr() as u64))
+        load(&mut driver, library, Image::read(path)?)
     }
 
     fn cuLibraryUnload(library: Handle) |driver| {

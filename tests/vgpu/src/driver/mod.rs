@@ -10,6 +10,7 @@ mod device;
 mod entry;
 mod exec;
 mod graph;
+mod image;
 mod launch;
 mod library;
 mod memory;
@@ -420,15 +421,19 @@ macro_rules! api {
         })*
 
         /// The functions defined here.
-        pub(super) fn table() -> Vec<(&'static str, usize)> {
-            vec![$((stringify!($name), $name as *const () as usize)),*]
+        pub(super) fn table() -> Vec<$crate::driver::entry::Function> {
+            vec![$($crate::driver::entry::Function {
+                name: stringify!($name),
+                address: $name as *const () as usize,
+                arguments: &[$((stringify!($arg), stringify!($ty))),*],
+            }),*]
         }
     };
 }
 pub(crate) use api;
 
 /// All functions of the API.
-fn tables() -> Vec<Vec<(&'static str, usize)>> {
+fn tables() -> Vec<Vec<entry::Function>> {
     vec![
         capture::table(),
         context::table(),

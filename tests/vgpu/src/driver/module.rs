@@ -3,52 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::device::found;
+use super::image::Image;
 use super::status::{In, Out, Status};
 use super::{Driver, FUNCTION, Function, Handle, MODULE, Module, api, explain};
-use crate::fatbin;
 use crate::machine::SHARED_PER_BLOCK;
 use crate::{loader, ptx};
-
-/// The longest PTX text taken.
-const LONGEST: usize = 256 << 20;
-
-/// The PTX behind a pointer to an image: text, a fatbin, or the wrapper around one.
-pub(super) fn text_of(image: In<u8>, arch: u32) -> Result<String, Status> {
-    let name = "cuModuleLoadData";
-    let head = image.bytes(4)?;
-    if fatbin::is_elf(&head) {
-        explain(
-            name,
-            "machine code; the virtual GPU runs PTX: compile with code=compute_XX",
-        );
-        return Err(Status::NO_BINARY_FOR_GPU);
-    }
-    if fatbin::is_wrapper(&head) {
-        let inner = In::<u64>::index(In::from_address(image.address()), 1)?;
-        return text_of(In::at(inner), arch);
-    }
-    if fatbin::is_fatbin(&head) {
-        let refuse = |error: fatbin::FatbinError| {
-            explain(name, error);
-            Status::INVALID_IMAGE
-        };
-        let size = fatbin::size(&image.bytes(16)?).map_err(refuse)?;
-        let texts = fatbin::texts(&image.bytes(size)?).map_err(refuse)?;
-        let chosen = fatbin::choose(texts, arch).map_err(|error| {
-            explain(name, error);
-            Status::NO_BINARY_FOR_GPU
-        })?;
-        return Ok(chosen.ptx);
-    }
-    let text = image.c_string()?;
-    if text.len() > LONGEST {
-        return Err(Status::INVALID_IMAGE);
-    }
-    String::from_utf8(text).map_err(|_| {
-        explain(name, "the image is neither PTX nor a fatbin");
-        Status::INVALID_IMAGE
-    })
-}
 
 /// PTX, parsed, for a device of this architecture.
 pub(super) fn parse(text: &str, arch: u32) -> Result<ptx::ast::Module, Status> {
@@ -67,19 +26,12 @@ pub(super) fn parse(text: &str, arch: u32) -> Result<ptx::ast::Module, Status> {
     Ok(module)
 }
 
-/// The image in a file, with zeros after it.
-pub(super) fn read(path: In<u8>) -> Result<Vec<u8>, Status> {
-    let mut image = std::fs::read(words(path)?).map_err(|_| Status::FILE_NOT_FOUND)?;
-    image.extend([0; 16]);
-    Ok(image)
-}
-
 impl Driver {
-    fn load(&mut self, image: In<u8>) -> Result<Handle, Status> {
+    fn load(&mut self, image: Image) -> Result<Handle, Status> {
         let context = self.healthy()?;
         self.potentially_unsafe()?;
         let arch = self.machine.world.config.arch;
-        let module = parse(&text_of(image, arch)?, arch)?;
+        let module = parse(&image.ptx(arch)?, arch)?;
         self.place(&module, context)
     }
 
@@ -249,23 +201,22 @@ pub(super) fn words(name: In<u8>) -> Result<String, Status> {
 
 api! {
     fn cuModuleLoadData(module: Out<Handle>, image: In<u8>) |driver| {
-        let handle = driver.load(image)?;
+        let handle = driver.load(Image::at(image))?;
         module.set(handle)
     }
 
     fn cuModuleLoadDataEx(module: Out<Handle>, image: In<u8>, _n: u32, _options: u64, _values: u64) |driver| {
-        let handle = driver.load(image)?;
+        let handle = driver.load(Image::at(image))?;
         module.set(handle)
     }
 
     fn cuModuleLoadFatBinary(module: Out<Handle>, image: In<u8>) |driver| {
-        let handle = driver.load(image)?;
+        let handle = driver.load(Image::at(image))?;
         module.set(handle)
     }
 
     fn cuModuleLoad(module: Out<Handle>, path: In<u8>) |driver| {
-        let image = read(path)?;
-        let handle = driver.load(In::at(image.as_ptr() as u64))?;
+        let handle = driver.load(Image::read(path)?)?;
         module.set(handle)
     }
 

@@ -47,12 +47,23 @@ fn find(cuda: &Cuda, name: &str, version: i32) -> (usize, u32) {
     (address, status)
 }
 
-pub(crate) fn all(cuda: &Cuda) -> Vec<String> {
+/// All functions: their names, and the names and types of their arguments.
+pub(crate) fn all(cuda: &Cuda) -> Vec<(String, Vec<(String, String)>)> {
     let mut text = vec![0u8; 1 << 16];
     let mut length = 0u64;
     cu!(cuda, vgpuFunctions(&mut text[..], text.len(), &mut length));
-    let text = String::from_utf8(text[..length as usize].to_vec()).expect("names");
-    text.split_terminator('\0').map(str::to_owned).collect()
+    let text = String::from_utf8(text[..length as usize].to_vec()).expect("lines");
+    let argument = |word: &str| {
+        let (name, kind) = word.split_once(':').expect("a name and a type");
+        (name.to_owned(), kind.to_owned())
+    };
+    text.lines()
+        .map(|line| {
+            let mut words = line.split_whitespace();
+            let name = words.next().expect("a name").to_owned();
+            (name, words.map(argument).collect())
+        })
+        .collect()
 }
 
 #[test]
@@ -60,7 +71,7 @@ fn every_function_is_found_in_both_ways() {
     passes(here!(), &[], |cuda| {
         let names = all(cuda);
         assert!(names.len() > 250, "{} functions", names.len());
-        for name in &names {
+        for (name, _) in &names {
             let symbol = cuda
                 .address(name)
                 .unwrap_or_else(|| panic!("{name} is not exported"));

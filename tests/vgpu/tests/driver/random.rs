@@ -1,0 +1,103 @@
+//! Random numbers for the fuzz tests, and how a fuzz test runs: cases by number, in a process of
+//! their own, until the time is over.
+
+use std::time::{Duration, Instant};
+
+use crate::cuda::{Child, Cuda, child};
+
+/// Cases from here on, and for how long.
+const FROM: &str = "VGPU_FUZZ_FROM";
+const SECONDS: &str = "VGPU_FUZZ_SECONDS";
+/// A case that takes longer is one that hangs.
+const PATIENCE: u32 = 30;
+/// More memory than any case needs.
+const MEMORY: u64 = 8 << 30;
+
+/// splitmix64
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0xd134_2543_de82_ef95))
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Less than `n`.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        (self.next() % n.max(1) as u64) as usize
+    }
+
+    pub(crate) fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
+    pub(crate) fn of<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
+        &choices[self.below(choices.len())]
+    }
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    let set = std::env::var(name).ok();
+    set.map_or(default, |text| {
+        text.parse().unwrap_or_else(|_| panic!("{name}={text}"))
+    })
+}
+
+/// In the child: runs cases until the time is over; prints how many.
+pub(crate) fn cases(seconds: u64, mut case: impl FnMut(u64)) {
+    let limit = libc::rlimit {
+        rlim_cur: MEMORY,
+        rlim_max: MEMORY,
+    };
+    // SAFETY: only sets a limit.
+    unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) };
+    let time = Duration::from_secs(number(SECONDS, seconds));
+    let (start, from) = (Instant::now(), number(FROM, 0));
+    let mut seed = from;
+    while start.elapsed() < time {
+        eprintln!("case {seed}");
+        // SAFETY: ends the process, which the parent sees, if a case takes too long.
+        unsafe { libc::alarm(PATIENCE) };
+        case(seed);
+        seed += 1;
+    }
+    // SAFETY: as above.
+    unsafe { libc::alarm(0) };
+    println!("{} cases", seed - from);
+}
+
+/// Runs a fuzz test, which must neither end early nor hang nor meet a panic in the library.
+pub(crate) fn fuzz(test: &str, variables: &[(&str, &str)], body: fn(&Cuda)) {
+    let Some(Child {
+        code,
+        output,
+        errors,
+    }) = child(test, variables, body)
+    else {
+        return;
+    };
+    let bad = errors
+        .lines()
+        .position(|line| line.contains("please report this"));
+    let lines: Vec<&str> = errors.lines().collect();
+    let until = bad.map_or(lines.len(), |at| at + 1);
+    let case = lines[..until]
+        .iter()
+        .rev()
+        .find(|line| line.starts_with("case "));
+    let tail = lines[until.saturating_sub(20)..until].join("\n");
+    assert!(
+        code == Some(0) && bad.is_none(),
+        "{case:?} (run it alone: {FROM}=<its number> {SECONDS}=1): status {code:?}\n{tail}\n{output}"
+    );
+    let said = |end: &str| output.lines().find(|line| line.ends_with(end));
+    let count = said(" cases").expect("the number of cases is printed");
+    println!("{test}: {count}; {}", said(" launches").unwrap_or_default());
+}
