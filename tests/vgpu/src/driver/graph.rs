@@ -28,7 +28,8 @@ pub(super) struct Node {
     original: Handle,
 }
 
-/// A graph. Handles grow, so that the order of the table is the order in which nodes were made.
+/// A graph. The handles of a device grow, so that the order of the table is the order in which
+/// nodes were made, device by device.
 #[derive(Clone, Default)]
 pub(super) struct Graph {
     pub(super) nodes: BTreeMap<Handle, Node>,

@@ -52,7 +52,11 @@ pub(crate) fn run(command: &mut Command) -> Child {
 
 /// Runs the body of a test in a process of its own, with these variables set; what it came to,
 /// or nothing in that process itself.
-pub(crate) fn child(test: &str, variables: &[(&str, &str)], body: fn(&Cuda)) -> Option<Child> {
+pub(crate) fn child(
+    test: &str,
+    variables: &[(&str, &str)],
+    body: impl FnOnce(&Cuda),
+) -> Option<Child> {
     let test = test.strip_prefix("driver::").unwrap_or(test);
     if std::env::var(CHILD).is_ok_and(|name| name == test) {
         body(&Cuda::open());

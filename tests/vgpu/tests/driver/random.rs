@@ -50,6 +50,26 @@ fn number(name: &str, default: u64) -> u64 {
     })
 }
 
+/// Runs this in a process with a single thread. The test harness has one more, which sleeps, and
+/// beside a thread that sleeps the driver waits a second before it calls anything a deadlock.
+pub(crate) fn alone(body: impl FnOnce()) {
+    // SAFETY: the child only runs `body`, and ends without returning here.
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0, "a process can be forked");
+    if child == 0 {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+        // SAFETY: ends the process at once.
+        unsafe { libc::_exit(if result.is_ok() { 0 } else { 101 }) };
+    }
+    let mut status = 0;
+    // SAFETY: waits for the process just made.
+    unsafe { libc::waitpid(child, &mut status, 0) };
+    if libc::WIFSIGNALED(status) {
+        panic!("ended by signal {}", libc::WTERMSIG(status));
+    }
+    assert_eq!(libc::WEXITSTATUS(status), 0);
+}
+
 /// In the child: runs cases until the time is over; prints how many.
 pub(crate) fn cases(seconds: u64, mut case: impl FnMut(u64)) {
     let limit = libc::rlimit {
@@ -74,7 +94,8 @@ pub(crate) fn cases(seconds: u64, mut case: impl FnMut(u64)) {
 }
 
 /// Runs a fuzz test, which must neither end early nor hang nor meet a panic in the library.
-pub(crate) fn fuzz(test: &str, variables: &[(&str, &str)], body: fn(&Cuda)) {
+pub(crate) fn fuzz<F: Fn(&Cuda)>(test: &str, variables: &[(&str, &str)], body: F) {
+    let body = |cuda: &Cuda| alone(|| body(cuda));
     let Some(Child {
         code,
         output,
