@@ -40,11 +40,30 @@ impl Driver {
         };
         let device = context.device;
         self.forget_peers(handle);
-        let alone = !self.contexts.values().any(|c| c.device == device);
-        if alone {
-            self.machine.cancel(device);
-            if !self.machine.world.memory.links.is_dead(device) {
-                self.machine.devices[device as usize].fault = None;
+        // Contexts of one device share its fault: with the first of them that goes, it goes.
+        // A device that has died stays dead.
+        if !self.machine.world.memory.links.is_dead(device) {
+            self.machine.devices[device as usize].fault = None;
+        }
+        let own = [context.default, context.per_thread];
+        let streams = self.streams.values().filter(|s| s.context == handle);
+        let streams: Vec<_> = streams.map(|s| s.id).chain(own).collect();
+        self.machine.cancel_streams(&streams);
+        self.cancel_graphs(handle);
+        for id in streams {
+            self.captures.forget_stream(id);
+            self.machine.destroy_stream(id);
+        }
+        let events: Vec<Handle> = self
+            .events
+            .iter()
+            .filter(|(_, e)| e.context == handle)
+            .map(|(h, _)| *h)
+            .collect();
+        for event in events {
+            self.captures.forget_event(event);
+            if let Some(event) = self.events.remove(&event) {
+                self.machine.destroy_event(event.id);
             }
         }
         let modules: Vec<Handle> = self
@@ -58,7 +77,6 @@ impl Driver {
         }
         self.libraries.forget_context(handle);
         self.streams.retain(|_, s| s.context != handle);
-        self.events.retain(|_, e| e.context != handle);
         let allocations: Vec<u64> = self
             .allocations
             .iter()

@@ -10,6 +10,9 @@ use super::{Driver, Guard, Handle, api, explain, wait_for};
 use crate::finding::Fault;
 use crate::machine::{Command, World};
 
+/// Nothing of a process lies below: an offset from a null pointer.
+const LOWEST: u64 = 4096;
+
 /// One end of a copy.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum End {
@@ -100,7 +103,7 @@ impl Copy {
             match layout.end {
                 End::Device(at) => driver.check_range(name, at, span)?,
                 End::Host(at) => {
-                    if at == 0 || at.checked_add(span).is_none() {
+                    if at < LOWEST || at.checked_add(span).is_none() {
                         return Err(Status::INVALID_VALUE);
                     }
                 }
@@ -349,9 +352,10 @@ impl Copy2d {
     }
 }
 
-/// Memory that devices may access, or pageable memory, whichever an address is.
+/// Memory that devices may access, or pageable memory, whichever an address is. What lies where
+/// devices have their memory is never the host's, even if nothing is there.
 fn either(driver: &Driver, at: u64) -> End {
-    if driver.is_device(at) {
+    if driver.is_device(at) || driver.machine.world.memory.is_of_devices(at) {
         End::Device(at)
     } else {
         End::Host(at)

@@ -110,7 +110,7 @@ api! {
     fn cuDeviceGetPCIBusId(id: Out<u8>, len: i32, device: i32) |driver| {
         driver.properties(device)?;
         let words = format!("0000:{:02x}:00.0\0", device + 1);
-        if (len as usize) < words.len() || len < 0 {
+        if (len as usize) < words.len() || len < 0 || id.address() == 0 {
             return Err(Status::INVALID_VALUE);
         }
         id.write(words.as_bytes());

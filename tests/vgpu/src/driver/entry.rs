@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
-use super::status::{self, Out, Status};
+use super::status::{In, Out, Status};
 use super::{api, explain};
 
 /// The version of CUDA that the driver is of: that of the newest headers it was held against.
@@ -213,12 +213,7 @@ fn search(name: &str, version: i32) -> Search {
     }
 }
 
-fn find(
-    name: status::In<u8>,
-    function: Out<usize>,
-    version: i32,
-    flags: u64,
-) -> Result<Search, Status> {
+fn find(name: In<u8>, function: Out<usize>, version: i32, flags: u64) -> Result<Search, Status> {
     let name = String::from_utf8_lossy(&name.c_string()?).into_owned();
     if !(0..=VERSION).contains(&version) || flags & !3 != 0 {
         return Err(Status::INVALID_VALUE);
@@ -242,7 +237,7 @@ api! {
         version.set(VERSION)
     }
 
-    fn cuGetProcAddress(name: status::In<u8>, function: Out<usize>, version: i32, flags: u64) |_driver| {
+    fn cuGetProcAddress(name: In<u8>, function: Out<usize>, version: i32, flags: u64) |_driver| {
         match find(name, function, version, flags)? {
             Search::Found(_) => Ok(()),
             _ => Err(Status::NOT_FOUND),
@@ -250,7 +245,7 @@ api! {
     }
 
     fn cuGetProcAddress_v2(
-        name: status::In<u8>,
+        name: In<u8>,
         function: Out<usize>,
         version: i32,
         flags: u64,

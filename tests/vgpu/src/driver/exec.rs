@@ -31,6 +31,15 @@ pub(super) struct Exec {
     start: EventId,
     done: EventId,
     launched: bool,
+    /// The context of the last launch.
+    context: Handle,
+}
+
+/// Streams and events of an executable graph that was destroyed, perhaps while it ran.
+pub(super) struct Retired {
+    context: Handle,
+    lanes: Vec<StreamId>,
+    events: Vec<EventId>,
 }
 
 /// A node of a graph laid flat: those of graphs in it stand beside its own.
@@ -101,6 +110,7 @@ impl Driver {
             start: self.machine.create_event(),
             done: self.machine.create_event(),
             launched: false,
+            context: 0,
         };
         self.graphs.execs.insert(handle, exec);
         Ok(handle)
@@ -138,6 +148,7 @@ impl Driver {
         let exec = self.exec(handle)?;
         let (start, done, launched) = (exec.start, exec.done, exec.launched);
         exec.launched = true;
+        exec.context = context;
         let events = self.events_of(handle, flat.len())?;
         if launched {
             self.enqueue(stream, Command::Wait(done))?;
@@ -185,11 +196,17 @@ impl Driver {
         }
         let fresh = (self.machine.create_stream(device), device);
         let exec = self.exec(exec)?;
+        let context = exec.context;
         match known {
             None => exec.lanes.push(fresh),
             Some((old, _)) => {
                 exec.lanes[n] = fresh;
-                self.graphs.retired.push((vec![old], Vec::new()));
+                let retired = Retired {
+                    context,
+                    lanes: vec![old],
+                    events: Vec::new(),
+                };
+                self.graphs.retired.push(retired);
             }
         }
         Ok(())
@@ -206,15 +223,27 @@ impl Driver {
     /// Forgets what is left of destroyed graphs and no longer runs.
     fn sweep(&mut self) {
         let machine = &mut self.machine;
-        self.graphs.retired.retain(|(streams, events)| {
-            let over = streams.iter().all(|&id| machine.is_idle(id))
+        self.graphs.retired.retain(|Retired { lanes, events, .. }| {
+            let over = lanes.iter().all(|&id| machine.is_idle(id))
                 && events.iter().all(|&id| machine.event_finished(id));
             if over {
-                streams.iter().for_each(|&id| machine.destroy_stream(id));
+                lanes.iter().for_each(|&id| machine.destroy_stream(id));
                 events.iter().for_each(|&id| machine.destroy_event(id));
             }
             !over
         });
+    }
+
+    /// A context ends, and with it what graphs were launched to do in it.
+    pub(super) fn cancel_graphs(&mut self, context: Handle) {
+        let execs = self.graphs.execs.values().filter(|e| e.context == context);
+        let lanes = execs.flat_map(|e| e.lanes.iter().map(|&(id, _)| id));
+        let retired = self.graphs.retired.iter().filter(|r| r.context == context);
+        let all: Vec<StreamId> = lanes
+            .chain(retired.flat_map(|r| r.lanes.iter().copied()))
+            .collect();
+        self.machine.cancel_streams(&all);
+        self.sweep();
     }
 
     fn update(&mut self, exec: Handle, graph: Handle) -> Result<Result<(), Mismatch>, Status> {
@@ -331,10 +360,14 @@ api! {
 
     fn cuGraphExecDestroy(exec: Handle) |driver| {
         let gone = driver.graphs.execs.remove(&exec).ok_or(Status::INVALID_VALUE)?;
-        let streams = gone.lanes.into_iter().map(|(id, _)| id).collect();
         let mut events = gone.events;
         events.extend([gone.start, gone.done]);
-        driver.graphs.retired.push((streams, events));
+        let retired = Retired {
+            context: gone.context,
+            lanes: gone.lanes.into_iter().map(|(id, _)| id).collect(),
+            events,
+        };
+        driver.graphs.retired.push(retired);
         driver.sweep();
         Ok(())
     }

@@ -3,11 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::exec::Exec;
+use super::exec::{Exec, Retired};
 use super::operation::Operation;
 use super::status::{In, Out, Outcome, Status};
 use super::{Driver, GRAPH, Handle, NODE, api};
-use crate::machine::{EventId, StreamId};
 
 /// The most nodes or edges that a call may name.
 const MOST: u64 = 1 << 20;
@@ -40,8 +39,7 @@ pub(super) struct Graph {
 pub(super) struct Graphs {
     pub(super) graphs: BTreeMap<Handle, Graph>,
     pub(super) execs: BTreeMap<Handle, Exec>,
-    /// Streams and events of executable graphs that were destroyed, perhaps while they ran.
-    pub(super) retired: Vec<(Vec<StreamId>, Vec<EventId>)>,
+    pub(super) retired: Vec<Retired>,
 }
 
 impl Graph {

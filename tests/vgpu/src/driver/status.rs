@@ -143,9 +143,9 @@ impl<T: Copy> Out<T> {
 }
 
 impl Out<u8> {
-    /// Copies bytes out.
+    /// Copies bytes out, unless the caller does not want them.
     pub(crate) fn write(self, bytes: &[u8]) {
-        if !bytes.is_empty() {
+        if !bytes.is_empty() && !self.0.is_null() {
             // SAFETY: as in `set`, for as many bytes as the call was told.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0, bytes.len()) };
         }

@@ -210,16 +210,22 @@ impl Machine {
         }
     }
 
-    /// Takes everything off a device.
-    pub(super) fn clear_blocks(&mut self, device: u32) {
-        self.grids.retain(|_, g| g.launch.device != device);
-        let (gone, left) = std::mem::take(&mut self.resident)
+    /// Takes what these streams run off the devices.
+    pub(super) fn clear_blocks(&mut self, streams: &[StreamId]) {
+        let mut grids = Vec::new();
+        self.grids.retain(|&id, grid| {
+            let gone = streams.contains(&grid.stream);
+            if gone {
+                grids.push(id);
+            }
+            !gone
+        });
+        let (gone, left): (Vec<Resident>, _) = std::mem::take(&mut self.resident)
             .into_iter()
-            .partition(|r| r.launch.device == device);
+            .partition(|r| grids.contains(&r.grid));
         self.resident = left;
-        let gone: Vec<Resident> = gone;
         for block in gone {
-            self.devices[device as usize].vacate(&block.share, block.block.sm);
+            self.devices[block.launch.device as usize].vacate(&block.share, block.block.sm);
             self.warps -= block.warps.len() as u64;
         }
     }

@@ -174,10 +174,18 @@ impl Machine {
 
     /// Drops everything a device is doing.
     pub fn cancel(&mut self, device: u32) {
+        self.cancel_streams(&self.streams_of(device));
+    }
+
+    /// Drops everything these streams have in them, kernels that run included.
+    pub fn cancel_streams(&mut self, ids: &[StreamId]) {
         self.completions += 1;
         self.stuck = false;
-        self.clear_blocks(device);
-        for (_, stream) in self.streams.iter_mut().filter(|(_, s)| s.device == device) {
+        self.clear_blocks(ids);
+        for id in ids {
+            let Some(stream) = self.streams.get_mut(id) else {
+                continue;
+            };
             for (queued, _) in std::mem::take(&mut stream.queue) {
                 if let Queued::Record(event, number) = queued
                     && let Some(event) = self.events.get_mut(&event)

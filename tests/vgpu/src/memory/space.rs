@@ -201,6 +201,12 @@ impl Memory {
         (address - base < allocation.region.len().max(1) as u64).then_some((base, allocation))
     }
 
+    /// Whether an address lies where the devices' memory does, allocated or not.
+    pub fn is_of_devices(&self, address: u64) -> bool {
+        let end = FIRST_ADDRESS + self.next.len() as u64 * DEVICE_WINDOW;
+        (FIRST_ADDRESS..end).contains(&address)
+    }
+
     /// Whether any allocation has a byte between two addresses, both included.
     pub fn is_used(&self, first: u64, last: u64) -> bool {
         self.containing(first).is_some() || self.allocations.range(first..=last).next().is_some()

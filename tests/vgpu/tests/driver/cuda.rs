@@ -64,7 +64,7 @@ pub(crate) fn child(
     }
     let mut command = Command::new(std::env::current_exe().expect("a test is a program"));
     command.args([test, "--exact", "--nocapture", "--test-threads=1"]);
-    command.env(CHILD, test);
+    command.env(CHILD, test).env("RUST_BACKTRACE", "0");
     command.envs(variables.iter().copied());
     Some(run(&mut command))
 }
@@ -263,12 +263,15 @@ impl Cuda {
 
     /// Takes what the checks found.
     pub(crate) fn findings(&self) -> String {
-        let mut text = vec![0u8; 1 << 16];
-        let mut length = 0u64;
-        cu!(
-            self,
-            vgpuTakeFindings(&mut text[..], text.len(), &mut length)
-        );
+        let (mut text, mut length) = (Vec::<u8>::new(), 1u64 << 16);
+        // With too little room nothing is taken.
+        while text.len() < length as usize {
+            text.resize(length as usize, 0);
+            cu!(
+                self,
+                vgpuTakeFindings(&mut text[..], text.len(), &mut length)
+            );
+        }
         text.truncate(length as usize - 1);
         String::from_utf8(text).expect("findings are text")
     }
