@@ -119,7 +119,7 @@ impl Copy {
 
     fn rows(self) -> impl Iterator<Item = (u64, u64)> {
         let [width, height, depth] = self.extent;
-        let depth = if width == 0 { 0 } else { depth };
+        let depth = if width == 0 || height == 0 { 0 } else { depth };
         (0..depth).flat_map(move |z| (0..height).map(move |y| (y, z)))
     }
 
@@ -224,7 +224,7 @@ impl Fill {
 
     pub(super) fn command(self) -> Command {
         Command::Work(Box::new(move |world: &mut World| {
-            if self.width == 0 {
+            if self.width == 0 || self.height == 0 {
                 return Ok(());
             }
             let unit = &self.value.to_le_bytes()[..self.unit as usize];

@@ -187,8 +187,9 @@ impl Driver {
         if grid.contains(&0) || grid[0] > i32::MAX as u32 || grid[1] > 65_535 || grid[2] > 65_535 {
             return refuse(Status::INVALID_VALUE, format!("a grid of {grid:?} blocks"));
         }
-        let threads = block.iter().map(|&n| u64::from(n)).product::<u64>();
-        if threads == 0 || threads > u64::from(THREADS_PER_BLOCK) || block[2] > 64 {
+        // Three numbers of 32 bits: their product may have 96.
+        let threads = block.iter().map(|&n| u128::from(n)).product::<u128>();
+        if threads == 0 || threads > u128::from(THREADS_PER_BLOCK) || block[2] > 64 {
             return refuse(
                 Status::INVALID_VALUE,
                 format!("a block of {block:?} threads"),

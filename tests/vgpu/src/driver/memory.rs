@@ -1,17 +1,19 @@
 //! Memory: allocation and what is known of it. Copies and fills are in `copy`.
 
-use std::alloc::Layout;
-
 use super::status::{In, Out, Outcome, Status};
 use super::{Driver, Handle, Kept, api, explain, wait_for};
 use crate::finding::{Finding, Kind};
 
-/// Alignment of memory that the driver makes on the host.
-const HOST_ALIGNMENT: usize = 4096;
-
-fn layout(bytes: u64) -> Result<Layout, Status> {
-    let bytes = usize::try_from(bytes).map_err(|_| Status::OUT_OF_MEMORY)?;
-    Layout::from_size_align(bytes.max(1), HOST_ALIGNMENT).map_err(|_| Status::OUT_OF_MEMORY)
+/// Pages of the host, all zero, that cost nothing until they are touched; None if there are none.
+fn map_pages(bytes: u64) -> Option<*mut u8> {
+    let bytes = usize::try_from(bytes).ok()?;
+    let (access, kind) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
+    // SAFETY: a mapping of its own, where the system chooses.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, kind, -1, 0) };
+    (at != libc::MAP_FAILED).then_some(at.cast())
 }
 
 impl Driver {
@@ -69,11 +71,14 @@ impl Driver {
         if bytes == 0 {
             return Err(Status::INVALID_VALUE);
         }
-        // SAFETY: the layout has a size.
-        let at = unsafe { std::alloc::alloc_zeroed(layout(bytes)?) };
-        if at.is_null() {
+        // As much as a device has, so that a size that is nonsense is refused here.
+        let most = self.machine.devices[device as usize].properties.memory;
+        let pinned = |a: &&(Handle, Kept, u64)| matches!(a.1, Kept::Host | Kept::Managed);
+        let used: u64 = self.allocations.values().filter(pinned).map(|a| a.2).sum();
+        if bytes > most.saturating_sub(used) {
             return Err(Status::OUT_OF_MEMORY);
         }
+        let at = map_pages(bytes).ok_or(Status::OUT_OF_MEMORY)?;
         // SAFETY: it is freed only after the devices have forgotten it, in `release`.
         unsafe {
             self.machine
@@ -95,11 +100,9 @@ impl Driver {
         }
         // It was there, as the table says.
         let _ = self.machine.world.memory.free(at);
-        if matches!(kept, Kept::Host | Kept::Managed)
-            && let Ok(layout) = layout(bytes)
-        {
-            // SAFETY: made in `allocate_host` with this layout, and just forgotten.
-            unsafe { std::alloc::dealloc(at as *mut u8, layout) };
+        if matches!(kept, Kept::Host | Kept::Managed) {
+            // SAFETY: mapped in `allocate_host` with as many bytes, and just forgotten.
+            unsafe { libc::munmap(at as *mut libc::c_void, bytes as usize) };
         }
     }
 
