@@ -1,0 +1,156 @@
+/* What collectives share between host and device: one C header, read by nvcc and by bindgen, so
+ * that the two cannot drift. Sizes and offsets are asserted on both sides. */
+#ifndef RINGTP_COLLECTIVE_ABI_H
+#define RINGTP_COLLECTIVE_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    /* Ranks of a group. */
+    RINGTP_MAX_RANKS = 8,
+    /* Blocks of a collective's grid: each has flags of its own. */
+    RINGTP_MAX_BLOCKS = 32,
+    /* Threads of a block. */
+    RINGTP_MAX_THREADS = 512,
+    /* Messages that a block of the ring may send ahead of its successor. */
+    RINGTP_RING_SLOTS = 8,
+    /* Bytes of one such message: two packs a thread. */
+    RINGTP_RING_MESSAGE = 16384,
+    /* Bytes that a probe writes to each peer. */
+    RINGTP_PROBE_BYTES = 4096
+};
+
+/* Why a block left a collective without finishing it: `CollectiveRecord::reason`. */
+enum {
+    RINGTP_REASON_TIMEOUT = 1,
+    /* The abort word was raised: by a peer, or by the host. */
+    RINGTP_REASON_ABORTED = 2,
+    /* The peer is in a later generation: it was rebuilt without this rank. */
+    RINGTP_REASON_GENERATION = 3
+};
+
+/* What it waited for: `CollectiveRecord::step`. */
+enum {
+    RINGTP_STEP_BARRIER = 1,
+    RINGTP_STEP_RING_MESSAGE = 2,
+    RINGTP_STEP_RING_CREDIT = 3
+};
+
+/* Why a rank failed, for the host: in pinned memory of the host, so that it can be read even when
+ * the context is dead. Written once a generation, by the first thread that gives up. */
+typedef struct CollectiveRecord {
+    /* The generation plus one, written last, with release: the record is whole. */
+    uint64_t complete;
+    uint32_t reason;
+    uint32_t step;
+    uint32_t block;
+    /* The peer waited for; of an abort, the rank that raised it. */
+    uint32_t peer;
+    /* The flag waited for and the flag seen, without their generations. */
+    uint64_t epoch;
+    uint64_t seen;
+    /* Nanoseconds waited. */
+    uint64_t waited;
+} CollectiveRecord;
+
+/* What a rank's kernels need to know of the group: at a fixed address of the rank's device and
+ * never in kernel parameters, so that a captured graph survives a rebuild. Written by the host
+ * while no collective runs. */
+typedef struct CollectiveControl {
+    /* Counts rebuilds; the upper 16 bits of every flag. */
+    uint64_t generation;
+    /* How long one wait may last, by the waiting device's clock. */
+    uint64_t deadline_ns;
+    uint32_t rank;
+    uint32_t world_size;
+    /* Bit p: this rank can write to and read from rank p. */
+    uint32_t reachable;
+    /* This rank's place in the ring. */
+    uint32_t ring_position;
+    /* The ranks in the order of the ring. */
+    uint32_t ring[RINGTP_MAX_RANKS];
+    /* The arena of each rank, in addresses of this device. */
+    uint64_t arenas[RINGTP_MAX_RANKS];
+    /* Bytes of each of the two staging buffers, and of the result buffer; multiples of 128 times
+     * RINGTP_MAX_RANKS. */
+    uint64_t staging_bytes;
+    /* Where this rank's CollectiveRecord is. */
+    uint64_t record;
+} CollectiveControl;
+
+/* What peers reach of a rank: the head of a stretch of device memory. Behind it lie, each aligned
+ * to 128 bytes: two staging buffers, the result buffer, the ring's messages
+ * [blocks][slots][bytes]. */
+typedef struct CollectiveArena {
+    CollectiveControl control;
+    /* Nonzero: (generation << 48) + 1 + the rank that gave up. Raised by peers and by the host. */
+    uint64_t abort __attribute__((aligned(128)));
+    /* The generation plus one, once a thread of this rank has taken the record. */
+    uint64_t recorded;
+    /* The probe's word from each rank. */
+    uint64_t probe_flags[RINGTP_MAX_RANKS];
+    /* The epoch that each block's next collective begins with; the same for all blocks. */
+    uint64_t epochs[RINGTP_MAX_BLOCKS] __attribute__((aligned(128)));
+    /* The barrier flag of each peer's block, written by it. */
+    uint64_t barrier[RINGTP_MAX_BLOCKS][RINGTP_MAX_RANKS] __attribute__((aligned(128)));
+    /* Where each peer's block has its input, by parity of the pass; written before the flag. */
+    uint64_t sources[2][RINGTP_MAX_BLOCKS][RINGTP_MAX_RANKS];
+    /* Messages that the predecessor in the ring has sent, and that the successor has read. */
+    uint64_t ring_sent[RINGTP_MAX_BLOCKS] __attribute__((aligned(128)));
+    uint64_t ring_read[RINGTP_MAX_BLOCKS] __attribute__((aligned(128)));
+    /* What the probe of each rank writes here. */
+    uint8_t probe[RINGTP_MAX_RANKS][RINGTP_PROBE_BYTES] __attribute__((aligned(128)));
+} CollectiveArena;
+
+/* The parameters of every collective. */
+typedef struct CollectiveArgs {
+    /* This rank's arena. */
+    uint64_t arena;
+    /* Device addresses. */
+    uint64_t input;
+    uint64_t output;
+    /* Elements: of the message; of an all-gather, those of one row of this rank. */
+    uint64_t elements;
+    /* Peers read `input` where it is: it is aligned to 16 bytes, whole packs, and within their
+     * reach. Otherwise it is staged. */
+    uint32_t direct;
+    /* Of a broadcast. */
+    uint32_t root;
+    /* Of an all-gather: rows, and the elements of a row of each rank. */
+    uint64_t rows;
+    uint64_t widths[RINGTP_MAX_RANKS];
+} CollectiveArgs;
+
+/* What the word of a probe's result says. */
+enum {
+    RINGTP_PROBE_UNTRIED = 0,
+    RINGTP_PROBE_RIGHT = 1,
+    /* Nothing came until the deadline. */
+    RINGTP_PROBE_MISSING = 2,
+    /* Something else came. */
+    RINGTP_PROBE_DAMAGED = 3
+};
+
+/* What a rank's probe found of one peer: in pinned memory of the host. */
+typedef struct ProbeResult {
+    /* The peer's writes into this rank's memory. */
+    uint32_t written;
+    /* This rank's reads of the peer's memory. */
+    uint32_t read;
+} ProbeResult;
+
+/* The parameters of the probe. */
+typedef struct ProbeArgs {
+    uint64_t arena;
+    /* ProbeResult[world_size] of this rank. */
+    uint64_t results;
+    /* What makes this probe's words and patterns differ from an earlier one's; not 0. */
+    uint64_t nonce;
+    uint64_t deadline_ns;
+    /* Bit p: the driver lets this rank reach rank p; and rank p reach this rank. */
+    uint32_t reaches;
+    uint32_t reached_by;
+} ProbeArgs;
+
+#endif
