@@ -27,7 +27,9 @@ enum {
     /* The abort word was raised: by a peer, or by the host. */
     RINGTP_REASON_ABORTED = 2,
     /* The peer is in a later generation: it was rebuilt without this rank. */
-    RINGTP_REASON_GENERATION = 3
+    RINGTP_REASON_GENERATION = 3,
+    /* The peer is in another call: another collective, size, type or root. */
+    RINGTP_REASON_OTHER_CALL = 4
 };
 
 /* What it waited for: `CollectiveRecord::step`. */
@@ -40,14 +42,14 @@ enum {
 /* Why a rank failed, for the host: in pinned memory of the host, so that it can be read even when
  * the context is dead. Written once a generation, by the first thread that gives up. */
 typedef struct CollectiveRecord {
-    /* The generation plus one, written last, with release: the record is whole. */
+    /* The generation, written last, with release: the record is whole. */
     uint64_t complete;
     uint32_t reason;
     uint32_t step;
     uint32_t block;
-    /* The peer waited for; of an abort, the rank that raised it. */
+    /* The peer waited for. */
     uint32_t peer;
-    /* The flag waited for and the flag seen, without their generations. */
+    /* Of the flag waited for, and of the flag seen. */
     uint64_t epoch;
     uint64_t seen;
     /* Nanoseconds waited. */
@@ -58,7 +60,7 @@ typedef struct CollectiveRecord {
  * never in kernel parameters, so that a captured graph survives a rebuild. Written by the host
  * while no collective runs. */
 typedef struct CollectiveControl {
-    /* Counts rebuilds; the upper 16 bits of every flag. */
+    /* Counts rebuilds, from 1 to 65535 and again; the upper 16 bits of every flag. */
     uint64_t generation;
     /* How long one wait may last, by the waiting device's clock. */
     uint64_t deadline_ns;
@@ -86,7 +88,7 @@ typedef struct CollectiveArena {
     CollectiveControl control;
     /* Nonzero: (generation << 48) + 1 + the rank that gave up. Raised by peers and by the host. */
     uint64_t abort __attribute__((aligned(128)));
-    /* The generation plus one, once a thread of this rank has taken the record. */
+    /* 1 once a thread of this rank has taken the record. */
     uint64_t recorded;
     /* The probe's word from each rank. */
     uint64_t probe_flags[RINGTP_MAX_RANKS];
@@ -115,8 +117,11 @@ typedef struct CollectiveArgs {
     /* Peers read `input` where it is: it is aligned to 16 bytes, whole packs, and within their
      * reach. Otherwise it is staged. */
     uint32_t direct;
+    /* What kind of call it is: the same on all ranks if they make the same call. 8 bits. */
+    uint32_t tag;
     /* Of a broadcast. */
     uint32_t root;
+    uint32_t reserved;
     /* Of an all-gather: rows, and the elements of a row of each rank. */
     uint64_t rows;
     uint64_t widths[RINGTP_MAX_RANKS];

@@ -12,16 +12,15 @@ namespace collective {
 
 // Writes pack `index` of a rank's rows, of `width` elements each, where they belong in the output.
 template <typename T>
-__device__ __forceinline__ void place(const CollectiveArgs& args, uint64_t column, uint64_t width,
-                                      uint64_t total, uint64_t index, uint4 pack)
-{
+__device__ __forceinline__ void place(const CollectiveArgs &args, uint64_t column, uint64_t width,
+                                      uint64_t total, uint64_t index, uint4 pack) {
     if (args.rows == 1) {
         store_pack<T>(args.output + column * sizeof(T), index, width, pack);
         return;
     }
     uint64_t row = index * kPerPack<T> / width;
     uint64_t at = index * kPerPack<T> % width;
-    auto* out = reinterpret_cast<T*>(args.output);
+    auto *out = reinterpret_cast<T *>(args.output);
     if (at + kPerPack<T> <= width) {
         store_pack<T>(reinterpret_cast<uint64_t>(out + row * total + column + at), 0, kPerPack<T>,
                       pack);
@@ -37,9 +36,8 @@ __device__ __forceinline__ void place(const CollectiveArgs& args, uint64_t colum
     }
 }
 
-template <typename T> __device__ __forceinline__ void all_gather(const CollectiveArgs& args)
-{
-    Collective c(args.arena);
+template <typename T> __device__ __forceinline__ void all_gather(const CollectiveArgs &args) {
+    Collective c(args);
     uint64_t total = 0, longest = 0;
     for (uint32_t peer = 0; peer < c.world_size; ++peer) {
         total += args.widths[peer];

@@ -12,76 +12,76 @@
 
 namespace collective {
 
-template <typename T> __device__ __forceinline__ void stage(const CollectiveArgs& args,
-                                                            const Collective& c, uint64_t first,
-                                                            uint64_t from, uint64_t count)
-{
-    for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count;
+// Puts packs `from..to` of the message into the staging buffer.
+template <typename T>
+__device__ __forceinline__ void stage(const CollectiveArgs &args, uint64_t from, uint64_t to,
+                                      uint4 *staging) {
+    for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; from + i < to;
          i += gridDim.x * blockDim.x)
-        ptx::st_global_v4(c.staging(c.rank) + from + i,
-                          load_pack<T>(args.input, first + from + i, args.elements));
+        ptx::st_global_v4(staging + i, load_pack<T>(args.input, from + i, args.elements));
 }
 
-// Copies packs of this pass to the output.
-template <typename T> __device__ __forceinline__ void fetch(const CollectiveArgs& args,
-                                                            uint64_t first, uint64_t count,
-                                                            const uint4* source, uint4* keep)
-{
-    for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count;
+// Puts packs `from..to`, as they are at `source`, into the output, and for others to read if `keep`
+// is not null.
+template <typename T>
+__device__ __forceinline__ void fetch(const CollectiveArgs &args, uint64_t from, uint64_t to,
+                                      const uint4 *source, uint4 *keep) {
+    for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; from + i < to;
          i += gridDim.x * blockDim.x) {
         const uint4 pack = ptx::ld_global_v4(source + i);
-        store_pack<T>(args.output, first + i, args.elements, pack);
+        store_pack<T>(args.output, from + i, args.elements, pack);
         if (keep != nullptr) ptx::st_global_v4(keep + i, pack);
     }
 }
 
-template <typename T> __device__ __forceinline__ void broadcast(const CollectiveArgs& args)
-{
-    Collective c(args.arena);
+template <typename T> __device__ __forceinline__ void broadcast(const CollectiveArgs &args) {
+    Collective c(args);
     const uint64_t packs = packs_of<T>(args.elements);
     for (uint64_t first = 0; first < packs; first += c.staging_packs()) {
-        const uint64_t count = min(packs - first, c.staging_packs());
-        if (c.rank == args.root) stage<T>(args, c, first, 0, count);
+        const uint64_t end = min(packs, first + c.staging_packs());
+        if (c.rank == args.root) stage<T>(args, first, end, c.staging(c.rank));
         if (!c.barrier()) return;
-        fetch<T>(args, first, count, c.staging(args.root), nullptr);
+        fetch<T>(args, first, end, c.staging(args.root), nullptr);
         c.next_pass();
     }
     c.finish();
 }
 
-template <typename T> __device__ __forceinline__ void broadcast_parts(const CollectiveArgs& args)
-{
-    Collective c(args.arena);
+template <typename T> __device__ __forceinline__ void broadcast_parts(const CollectiveArgs &args) {
+    Collective c(args);
     const uint64_t packs = packs_of<T>(args.elements);
     const uint32_t readers = c.world_size - 1;
-    // The ranks behind the root, counted from 0; the root itself comes last.
-    const uint32_t place = (c.rank + readers - args.root) % c.world_size;
-    for (uint64_t first = 0; first < packs; first += c.staging_packs()) {
-        const uint64_t count = min(packs - first, c.staging_packs());
-        if (c.rank == args.root) {
-            for (uint32_t reader = 0; reader < readers; ++reader) {
-                const Part part(count, readers, reader);
-                stage<T>(args, c, first, part.first, part.count);
-            }
+    // The ranks behind the root are the readers 0, 1, ...; the root would be the one after them.
+    const uint32_t reader = (c.rank + readers - args.root) % c.world_size;
+    const uint64_t per_pass = c.staging_packs() / readers;
+    const uint64_t longest = Part(packs, readers, 0).count;
+    for (uint64_t first = 0; first < longest; first += per_pass) {
+        // The packs of a reader's part that this pass takes, and where the root has them.
+        const auto from = [&](const Part &part) { return part.first + first; };
+        const auto to = [&](const Part &part) {
+            return part.first + min(part.count, first + per_pass);
+        };
+        const auto staging = [&](uint32_t other) {
+            return c.staging(args.root) + other * per_pass;
+        };
+        for (uint32_t other = 0; c.rank == args.root && other < readers; ++other) {
+            const Part part(packs, readers, other);
+            stage<T>(args, from(part), to(part), staging(other));
         }
         if (!c.barrier(0)) return;
-        if (c.rank == args.root) {
-            for (uint32_t reader = 0; reader < readers; ++reader) {
-                const Part part(count, readers, reader);
-                fetch<T>(args, first + part.first, part.count, c.staging(c.rank) + part.first,
-                         nullptr);
-            }
-        } else {
-            const Part part(count, readers, place);
-            fetch<T>(args, first + part.first, part.count, c.staging(args.root) + part.first,
-                     c.result(c.rank));
+        for (uint32_t other = 0; other < readers; ++other) {
+            // The root takes all from itself, a reader its own part.
+            if (c.rank != args.root && other != reader) continue;
+            const Part part(packs, readers, other);
+            fetch<T>(args, from(part), to(part), staging(other),
+                     c.rank == args.root ? nullptr : c.result(c.rank));
         }
         if (!c.barrier(1)) return;
         for (uint32_t step = 1; c.rank != args.root && step < readers; ++step) {
-            const uint32_t reader = (place + step) % readers;
-            const uint32_t peer = (args.root + 1 + reader) % c.world_size;
-            const Part part(count, readers, reader);
-            fetch<T>(args, first + part.first, part.count, c.result(peer), nullptr);
+            const uint32_t other = (reader + step) % readers;
+            const uint32_t peer = (args.root + 1 + other) % c.world_size;
+            const Part part(packs, readers, other);
+            fetch<T>(args, from(part), to(part), c.result(peer), nullptr);
         }
         c.next_pass();
     }

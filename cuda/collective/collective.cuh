@@ -2,7 +2,7 @@
 //
 // A collective in a few lines (see one_shot.cu):
 //
-//     Collective c(args.arena);
+//     Collective c(args);
 //     ...                                  // write to c.staging(c.rank)
 //     if (!c.barrier()) return;            // all ranks have written; false: somebody is lost
 //     ...                                  // read c.staging(peer), write the output
@@ -19,9 +19,12 @@
 //   release stands in the thread that writes the flag, and is cumulative over the barrier.
 // - Rank p's thread for this rank polls the flag in its own memory with acquire at system scope,
 //   and a `__syncthreads()` hands on what it learned to its block.
-// - A flag has one writer and only grows: 16 bits of generation, 48 of epoch. Waiting for "at
-//   least mine" is right, as a peer may be one barrier ahead; it can't be two, since it waits for
-//   this rank's flag in between.
+// - A flag has one writer, and its epoch only grows. Waiting for "at least mine" is right, as a
+// peer
+//   may be one barrier ahead; it can't be two, since it waits for this rank's flag in between.
+// - A flag also has a tag of the call, so that ranks that make different calls find out: 16 bits of
+//   generation, 8 of tag, 40 of epoch. Epochs wrap; one that is ahead by more than `kWindow` is one
+//   that was left behind long ago, by a block that small messages do not use.
 // - Nothing is read or written across a link but data and flags; nobody polls across one.
 //
 // # Epochs and passes
@@ -35,9 +38,10 @@
 //
 // - Staging buffer of pass k (parity k): written again in pass k + 2, by a rank that has passed a
 //   barrier of pass k + 1. Its peers had entered pass k + 1 by then, so they had finished pass k:
-//   the same block by program order and the `__syncthreads()` before the flag, other blocks,
-//   where k was another kernel, since a kernel starts when the one before it in the stream has
-//   ended. Every pass has a barrier among all ranks (in the ring: see ring.cu).
+//   the same block by program order and the `__syncthreads()` before the flag, and other blocks,
+//   where k was of another kernel, since a kernel starts when the one before it in the stream has
+//   ended. So, within a kernel, a place in the buffer belongs to one block in all passes. Every
+//   pass has a barrier among all ranks (in the ring: see ring.cu).
 // - Result buffer of pass k: written again behind the first barrier of pass k + 1, which its
 //   readers entered after they had read it.
 // - `sources` of pass k: as the staging buffer.
@@ -60,7 +64,11 @@ namespace collective {
 
 constexpr uint32_t kMaxRanks = RINGTP_MAX_RANKS;
 constexpr uint32_t kMaxBlocks = RINGTP_MAX_BLOCKS;
-constexpr uint64_t kEpochBits = 48;
+constexpr uint32_t kGenerationShift = 48;
+constexpr uint32_t kTagShift = 40;
+constexpr uint64_t kEpochs = 1ull << kTagShift;
+// How far a flag can be ahead of what is waited for, generously.
+constexpr uint64_t kWindow = 1 << 20;
 
 // Polls between two looks at the clock and the abort word.
 constexpr uint32_t kPollsPerCheck = 64;
@@ -70,69 +78,63 @@ constexpr uint64_t kSpin = 100000;
 constexpr uint32_t kPause = 8192;
 
 struct Collective {
-    CollectiveArena* mine;
+    CollectiveArena *mine;
     uint32_t rank;
     uint32_t world_size;
-    uint64_t generation;
+    // The upper bits of every flag of this call.
+    uint64_t generation_and_tag;
     // Of the pass that is under way: even.
     uint64_t epoch;
 
-    __device__ __forceinline__ explicit Collective(uint64_t arena)
-        : mine(reinterpret_cast<CollectiveArena*>(arena)), rank(mine->control.rank),
-          world_size(mine->control.world_size), generation(mine->control.generation),
-          epoch(mine->epochs[blockIdx.x])
-    {
-    }
+    __device__ __forceinline__ explicit Collective(const CollectiveArgs &args)
+        : mine(reinterpret_cast<CollectiveArena *>(args.arena)), rank(mine->control.rank),
+          world_size(mine->control.world_size),
+          generation_and_tag(mine->control.generation << kGenerationShift |
+                             uint64_t{args.tag & 0xff} << kTagShift),
+          epoch(mine->epochs[blockIdx.x]) {}
 
-    __device__ __forceinline__ CollectiveArena* arena(uint32_t peer) const
-    {
-        return reinterpret_cast<CollectiveArena*>(mine->control.arenas[peer]);
+    __device__ __forceinline__ CollectiveArena *arena(uint32_t peer) const {
+        return reinterpret_cast<CollectiveArena *>(mine->control.arenas[peer]);
     }
 
     // A peer's staging buffer of this pass, or one's own.
-    __device__ __forceinline__ uint4* staging(uint32_t peer) const
-    {
+    __device__ __forceinline__ uint4 *staging(uint32_t peer) const {
         return buffer(peer) + (epoch / 2 % 2) * staging_packs();
     }
 
     // A peer's result buffer, or one's own.
-    __device__ __forceinline__ uint4* result(uint32_t peer) const
-    {
+    __device__ __forceinline__ uint4 *result(uint32_t peer) const {
         return buffer(peer) + 2 * staging_packs();
     }
 
     // The messages that a peer's block was sent around the ring, or one's own.
-    __device__ __forceinline__ uint4* ring_slot(uint32_t peer, uint64_t message) const
-    {
+    __device__ __forceinline__ uint4 *ring_slot(uint32_t peer, uint64_t message) const {
         constexpr uint64_t kPacks = RINGTP_RING_MESSAGE / 16;
         const uint64_t slot = blockIdx.x * RINGTP_RING_SLOTS + message % RINGTP_RING_SLOTS;
         return buffer(peer) + 3 * staging_packs() + slot * kPacks;
     }
 
     // Packs of a staging buffer and of the result buffer: what a pass can take.
-    __device__ __forceinline__ uint64_t staging_packs() const
-    {
+    __device__ __forceinline__ uint64_t staging_packs() const {
         return mine->control.staging_bytes / 16;
     }
 
     // Waits until every rank's block is here. Every thread calls it; `stage` (0 or 1) counts the
     // barriers of a pass. `source` is handed to the peers: see `source_of`. False, for all
     // threads, if a rank is lost: then leave without writing output.
-    __device__ __forceinline__ bool barrier(uint32_t stage = 0, uint64_t source = 0)
-    {
+    __device__ __forceinline__ bool barrier(uint32_t stage = 0, uint64_t source = 0) {
         return barrier_among((1u << world_size) - 1, stage, source);
     }
 
     // The same among some ranks.
     __device__ __forceinline__ bool barrier_among(uint32_t ranks, uint32_t stage,
-                                                  uint64_t source = 0)
-    {
+                                                  uint64_t source = 0) {
         const uint32_t peer = threadIdx.x;
         const uint64_t target = flag(stage + 1);
         bool failed = false;
         __syncthreads();
         if (peer < kMaxRanks && peer != rank && (ranks >> peer & 1)) {
-            CollectiveArena* theirs = arena(peer);
+            CollectiveArena *theirs = arena(peer);
             if (stage == 0) theirs->sources[epoch / 2 % 2][blockIdx.x][rank] = source;
             ptx::st_release_sys(&theirs->barrier[blockIdx.x][rank], target);
             failed = !wait(&mine->barrier[blockIdx.x][peer], target, peer, RINGTP_STEP_BARRIER);
@@ -141,27 +143,23 @@ struct Collective {
     }
 
     // What a peer handed to the first barrier of this pass; any thread, after it.
-    __device__ __forceinline__ uint64_t source_of(uint32_t peer) const
-    {
+    __device__ __forceinline__ uint64_t source_of(uint32_t peer) const {
         return mine->sources[epoch / 2 % 2][blockIdx.x][peer];
     }
 
     // Waits until a flag in this rank's own memory reaches `target`: one thread. After it, and a
     // `__syncthreads()`, the block sees what the writer of the flag had done.
-    __device__ __forceinline__ bool wait(const uint64_t* word, uint64_t target, uint32_t peer,
-                                         uint32_t step) const
-    {
+    __device__ __forceinline__ bool wait(const uint64_t *word, uint64_t target, uint32_t peer,
+                                         uint32_t step) const {
         // Both loads are under way at once; the word is looked at even if the flag is there.
         const bool aborted = is_raised(ptx::ld_relaxed_sys(&mine->abort));
-        uint64_t seen = ptx::ld_acquire_sys(word);
-        if (!aborted && reached(seen, target)) return true;
-        return wait_long(word, target, peer, step);
+        const uint64_t seen = ptx::ld_acquire_sys(word);
+        return (!aborted && seen == target) || wait_long(word, target, peer, step);
     }
 
     // The flag of the epoch `ahead` of this pass's first.
-    __device__ __forceinline__ uint64_t flag(uint64_t ahead) const
-    {
-        return generation << kEpochBits | ((epoch + ahead) & ((1ull << kEpochBits) - 1));
+    __device__ __forceinline__ uint64_t flag(uint64_t ahead) const {
+        return generation_and_tag | (epoch + ahead) % kEpochs;
     }
 
     // On to the next pass, `epochs` on: at least 2, and even.
@@ -169,62 +167,64 @@ struct Collective {
 
     // The end: the next collective begins where this one's passes ended. Every block moves its
     // own epoch, and all together those of the blocks that this grid leaves out.
-    __device__ __forceinline__ void finish()
-    {
+    __device__ __forceinline__ void finish() {
         const uint32_t block = blockIdx.x + threadIdx.x * gridDim.x;
         if (block < kMaxBlocks) mine->epochs[block] = epoch;
     }
 
-private:
-    __device__ __forceinline__ uint4* buffer(uint32_t peer) const
-    {
+  private:
+    __device__ __forceinline__ uint4 *buffer(uint32_t peer) const {
         constexpr uint64_t kHead = (sizeof(CollectiveArena) + 127) / 128 * 128;
-        return reinterpret_cast<uint4*>(mine->control.arenas[peer] + kHead);
+        return reinterpret_cast<uint4 *>(mine->control.arenas[peer] + kHead);
     }
 
-    __device__ __forceinline__ bool is_raised(uint64_t word) const
-    {
-        return word != 0 && word >> kEpochBits == generation;
+    __device__ __forceinline__ uint64_t generation() const {
+        return generation_and_tag >> kGenerationShift;
     }
 
-    // Whether a flag has this generation, and an epoch that is not before the target's; epochs
-    // wrap.
-    __device__ __forceinline__ bool reached(uint64_t seen, uint64_t target) const
-    {
-        const bool same = seen >> kEpochBits == generation;
-        return same && static_cast<int64_t>((seen - target) << (64 - kEpochBits)) >= 0;
+    __device__ __forceinline__ bool is_raised(uint64_t word) const {
+        return word != 0 && word >> kGenerationShift == generation();
     }
 
-    // A later generation, which wraps too. A flag that was never written is of generation 0.
-    __device__ __forceinline__ bool is_later(uint64_t seen) const
-    {
-        const uint16_t ahead = static_cast<uint16_t>((seen >> kEpochBits) - generation);
-        return seen != 0 && ahead != 0 && ahead < 0x8000;
+    enum class Seen { kNotYet, kReached, kOtherCall, kLaterGeneration };
+
+    __device__ __forceinline__ Seen look(uint64_t seen, uint64_t target) const {
+        // Generations wrap. A flag that was never written is of generation 0, which there is not.
+        const uint64_t theirs = seen >> kGenerationShift;
+        const uint16_t newer = static_cast<uint16_t>(theirs - generation());
+        if (theirs != 0 && newer != 0 && newer < 0x8000) return Seen::kLaterGeneration;
+        if (newer != 0 || (seen - target) % kEpochs >= kWindow) return Seen::kNotYet;
+        // One that is ahead belongs to the peer's next call; this one's was as it should be, or
+        // the peer would not have left its barrier.
+        const bool other_tag = (seen - target) % kEpochs == 0 && seen != target;
+        return other_tag ? Seen::kOtherCall : Seen::kReached;
     }
 
     // The same for one that was not there at once: polls until the flag comes, the abort word is
     // raised, or the deadline has passed.
-    __device__ __forceinline__ bool wait_long(const uint64_t* word, uint64_t target, uint32_t peer,
-                                              uint32_t step) const
-    {
+    __device__ __forceinline__ bool wait_long(const uint64_t *word, uint64_t target, uint32_t peer,
+                                              uint32_t step) const {
         const uint64_t start = ptx::globaltimer();
         uint64_t waited = 0;
         for (;;) {
             const uint64_t raised = ptx::ld_relaxed_sys(&mine->abort);
             if (is_raised(raised)) {
-                const uint32_t by = static_cast<uint32_t>(raised & 0xff) - 1;
-                return give_up(RINGTP_REASON_ABORTED, step, by, target, 0, waited);
+                return give_up(RINGTP_REASON_ABORTED, step, peer, target, 0, waited);
             }
             uint64_t seen = 0;
+            Seen found = Seen::kNotYet;
             // A flag that is late by this much may as well be a little later.
             if (waited > kSpin) ptx::nanosleep(kPause);
             const uint32_t polls = waited > kSpin ? 1 : kPollsPerCheck;
 #pragma unroll 1
-            for (uint32_t poll = 0; poll < polls; ++poll) {
+            for (uint32_t poll = 0; poll < polls && found == Seen::kNotYet; ++poll) {
                 seen = ptx::ld_acquire_sys(word);
-                if (reached(seen, target)) return true;
+                found = look(seen, target);
             }
-            if (is_later(seen))
+            if (found == Seen::kReached) return true;
+            if (found == Seen::kOtherCall)
+                return give_up(RINGTP_REASON_OTHER_CALL, step, peer, target, seen, waited);
+            if (found == Seen::kLaterGeneration)
                 return give_up(RINGTP_REASON_GENERATION, step, peer, target, seen, waited);
             waited = ptx::globaltimer() - start;
             if (waited > mine->control.deadline_ns)
@@ -234,22 +234,20 @@ private:
 
     // Tells the host why, and everybody that it is over. Always false.
     __device__ __forceinline__ bool give_up(uint32_t reason, uint32_t step, uint32_t peer,
-                                            uint64_t target, uint64_t seen, uint64_t waited) const
-    {
-        constexpr uint64_t kEpochs = (1ull << kEpochBits) - 1;
-        if (ptx::atom_relaxed_gpu_cas(&mine->recorded, 0, generation + 1) == 0) {
-            auto* record = reinterpret_cast<CollectiveRecord*>(mine->control.record);
+                                            uint64_t target, uint64_t seen, uint64_t waited) const {
+        if (ptx::atom_relaxed_gpu_cas(&mine->recorded, 0, 1) == 0) {
+            auto *record = reinterpret_cast<CollectiveRecord *>(mine->control.record);
             record->reason = reason;
             record->step = step;
             record->block = blockIdx.x;
             record->peer = peer;
-            record->epoch = target & kEpochs;
-            record->seen = seen & kEpochs;
+            record->epoch = target % kEpochs;
+            record->seen = seen % kEpochs;
             record->waited = waited;
             // The host reads `complete` first: release, so that the rest is there then.
-            ptx::st_release_sys(&record->complete, generation + 1);
+            ptx::st_release_sys(&record->complete, generation());
         }
-        const uint64_t word = generation << kEpochBits | (rank + 1);
+        const uint64_t word = generation() << kGenerationShift | (rank + 1);
 #pragma unroll 1
         for (uint32_t other = 0; other < world_size; ++other)
             if (mine->control.reachable >> other & 1)
@@ -269,7 +267,6 @@ private:
 // One kernel: NAME_SUFFIX, of `collective::NAME<TYPE>`.
 #define RINGTP_COLLECTIVE_OF(NAME, SUFFIX, TYPE)                                                   \
     extern "C" __global__ void __launch_bounds__(RINGTP_MAX_THREADS, 1)                            \
-        NAME##_##SUFFIX(const __grid_constant__ CollectiveArgs args)                               \
-    {                                                                                              \
+        NAME##_##SUFFIX(const __grid_constant__ CollectiveArgs args) {                             \
         collective::NAME<TYPE>(args);                                                              \
     }

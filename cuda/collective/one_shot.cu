@@ -11,22 +11,20 @@
 
 namespace collective {
 
-template <typename T> __device__ __forceinline__ void one_shot(const CollectiveArgs& args)
-{
-    Collective c(args.arena);
+template <typename T> __device__ __forceinline__ void one_shot(const CollectiveArgs &args) {
+    Collective c(args);
     const uint64_t packs = packs_of<T>(args.elements);
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
     const uint32_t threads = gridDim.x * blockDim.x;
     for (uint64_t first = 0; first < packs; first += c.staging_packs()) {
         const uint64_t count = min(packs - first, c.staging_packs());
-        uint4* staging = c.staging(c.rank);
+        uint4 *staging = c.staging(c.rank);
         for (uint64_t i = thread; i < count; i += threads)
             ptx::st_global_v4(staging + i, load_pack<T>(args.input, first + i, args.elements));
         if (!c.barrier()) return;
         for (uint64_t i = thread; i < count; i += threads) {
-            const uint4 sum = sum_over_ranks<T>(c.world_size, [&](uint32_t peer) {
-                return c.staging(peer) + i;
-            });
+            const uint4 sum =
+                sum_over_ranks<T>(c.world_size, [&](uint32_t peer) { return c.staging(peer) + i; });
             store_pack<T>(args.output, first + i, args.elements, sum);
         }
         c.next_pass();

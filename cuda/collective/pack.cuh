@@ -11,72 +11,79 @@ namespace collective {
 
 // Bits of an element, and elements of a pack.
 template <typename T> struct ElementOf;
-template <> struct ElementOf<float> { using Bits = uint32_t; };
-template <> struct ElementOf<__nv_bfloat16> { using Bits = uint16_t; };
-template <> struct ElementOf<__half> { using Bits = uint16_t; };
-template <> struct ElementOf<uint32_t> { using Bits = uint32_t; };
-template <> struct ElementOf<uint16_t> { using Bits = uint16_t; };
+template <> struct ElementOf<float> {
+    using Bits = uint32_t;
+};
+template <> struct ElementOf<__nv_bfloat16> {
+    using Bits = uint16_t;
+};
+template <> struct ElementOf<__half> {
+    using Bits = uint16_t;
+};
+template <> struct ElementOf<uint32_t> {
+    using Bits = uint32_t;
+};
+template <> struct ElementOf<uint16_t> {
+    using Bits = uint16_t;
+};
 
 template <typename T> using Bits = typename ElementOf<T>::Bits;
 template <typename T> constexpr uint32_t kPerPack = 16 / sizeof(T);
 
 // Packs that hold `elements` elements, the last perhaps in part.
-template <typename T> __device__ __forceinline__ uint64_t packs_of(uint64_t elements)
-{
+template <typename T> __device__ __forceinline__ uint64_t packs_of(uint64_t elements) {
     return (elements + kPerPack<T> - 1) / kPerPack<T>;
 }
 
-// The part of `n` that rank `rank` of `world_size` owns: parts differ by at most one, the longer ones
-// come first.
+// The part of `n` that rank `rank` of `world_size` owns: parts differ by at most one, the longer
+// ones come first.
 struct Part {
     uint64_t first;
     uint64_t count;
 
     __device__ __forceinline__ Part(uint64_t n, uint32_t world_size, uint32_t rank)
         : first(rank * (n / world_size) + min(static_cast<uint64_t>(rank), n % world_size)),
-          count(n / world_size + (rank < n % world_size ? 1 : 0))
-    {
-    }
+          count(n / world_size + (rank < n % world_size ? 1 : 0)) {}
 };
 
 // A word of a pack. The index is a constant wherever loops are unrolled: no pack lives in memory.
-__device__ __forceinline__ uint32_t& word_of(uint4& pack, uint32_t index)
-{
+__device__ __forceinline__ uint32_t &word_of(uint4 &pack, uint32_t index) {
     return index == 0 ? pack.x : index == 1 ? pack.y : index == 2 ? pack.z : pack.w;
 }
 
-__device__ __forceinline__ uint32_t word_of(const uint4& pack, uint32_t index)
-{
+__device__ __forceinline__ uint32_t word_of(const uint4 &pack, uint32_t index) {
     return index == 0 ? pack.x : index == 1 ? pack.y : index == 2 ? pack.z : pack.w;
 }
 
 // The bits of element `index` of a pack.
-template <typename T> __device__ __forceinline__ Bits<T> bits_of(const uint4& pack, uint32_t index)
-{
+template <typename T>
+__device__ __forceinline__ Bits<T> bits_of(const uint4 &pack, uint32_t index) {
     if (sizeof(T) == 4) return static_cast<Bits<T>>(word_of(pack, index));
     return static_cast<Bits<T>>(word_of(pack, index / 2) >> (16 * (index % 2)));
 }
 
 // Puts the bits of element `index` into a pack that has zeros there.
 template <typename T>
-__device__ __forceinline__ void put_bits(uint4& pack, uint32_t index, Bits<T> bits)
-{
-    if (sizeof(T) == 4) word_of(pack, index) = bits;
-    else word_of(pack, index / 2) |= static_cast<uint32_t>(bits) << (16 * (index % 2));
+__device__ __forceinline__ void put_bits(uint4 &pack, uint32_t index, Bits<T> bits) {
+    if (sizeof(T) == 4)
+        word_of(pack, index) = bits;
+    else
+        word_of(pack, index / 2) |= static_cast<uint32_t>(bits) << (16 * (index % 2));
 }
 
 // Whether packs can be moved whole to or from an address.
-__device__ __forceinline__ bool is_aligned(uint64_t address) { return address % 16 == 0; }
+__device__ __forceinline__ bool is_aligned(uint64_t address) {
+    return address % 16 == 0;
+}
 
 // Pack `index` of the `elements` elements at `base`, which may lie anywhere; zeros behind the last.
 template <typename T>
-__device__ __forceinline__ uint4 load_pack(uint64_t base, uint64_t index, uint64_t elements)
-{
+__device__ __forceinline__ uint4 load_pack(uint64_t base, uint64_t index, uint64_t elements) {
     const uint64_t first = index * kPerPack<T>;
     if (is_aligned(base) && first + kPerPack<T> <= elements)
-        return ptx::ld_global_v4(reinterpret_cast<const uint4*>(base) + index);
+        return ptx::ld_global_v4(reinterpret_cast<const uint4 *>(base) + index);
     uint4 pack = make_uint4(0, 0, 0, 0);
-    const auto* source = reinterpret_cast<const Bits<T>*>(base) + first;
+    const auto *source = reinterpret_cast<const Bits<T> *>(base) + first;
 #pragma unroll
     for (uint32_t i = 0; i < kPerPack<T>; ++i)
         if (first + i < elements) put_bits<T>(pack, i, ptx::ld_global(source + i));
@@ -86,37 +93,36 @@ __device__ __forceinline__ uint4 load_pack(uint64_t base, uint64_t index, uint64
 // The inverse: what lies behind the last element is not written.
 template <typename T>
 __device__ __forceinline__ void store_pack(uint64_t base, uint64_t index, uint64_t elements,
-                                           uint4 pack)
-{
+                                           uint4 pack) {
     const uint64_t first = index * kPerPack<T>;
     if (is_aligned(base) && first + kPerPack<T> <= elements) {
-        ptx::st_global_v4(reinterpret_cast<uint4*>(base) + index, pack);
+        ptx::st_global_v4(reinterpret_cast<uint4 *>(base) + index, pack);
         return;
     }
-    auto* target = reinterpret_cast<Bits<T>*>(base) + first;
+    auto *target = reinterpret_cast<Bits<T> *>(base) + first;
 #pragma unroll
     for (uint32_t i = 0; i < kPerPack<T>; ++i)
         if (first + i < elements) ptx::st_global(target + i, bits_of<T>(pack, i));
 }
 
-__device__ __forceinline__ float widen(uint32_t bits, float) { return __uint_as_float(bits); }
-__device__ __forceinline__ float widen(uint16_t bits, __nv_bfloat16)
-{
+__device__ __forceinline__ float widen(uint32_t bits, float) {
+    return __uint_as_float(bits);
+}
+__device__ __forceinline__ float widen(uint16_t bits, __nv_bfloat16) {
     return __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
-__device__ __forceinline__ float widen(uint16_t bits, __half)
-{
+__device__ __forceinline__ float widen(uint16_t bits, __half) {
     return __half2float(__ushort_as_half(bits));
 }
 
 // To nearest, ties to even.
-__device__ __forceinline__ uint32_t narrow(float value, float) { return __float_as_uint(value); }
-__device__ __forceinline__ uint16_t narrow(float value, __nv_bfloat16)
-{
+__device__ __forceinline__ uint32_t narrow(float value, float) {
+    return __float_as_uint(value);
+}
+__device__ __forceinline__ uint16_t narrow(float value, __nv_bfloat16) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
-__device__ __forceinline__ uint16_t narrow(float value, __half)
-{
+__device__ __forceinline__ uint16_t narrow(float value, __half) {
     return __half_as_ushort(__float2half_rn(value));
 }
 
@@ -126,20 +132,17 @@ __device__ __forceinline__ uint16_t narrow(float value, __half)
 template <typename T> struct Sum {
     float values[kPerPack<T>];
 
-    __device__ __forceinline__ explicit Sum(const uint4& first)
-    {
+    __device__ __forceinline__ explicit Sum(const uint4 &first) {
 #pragma unroll
         for (uint32_t i = 0; i < kPerPack<T>; ++i) values[i] = widen(bits_of<T>(first, i), T{});
     }
 
-    __device__ __forceinline__ void add(const uint4& pack)
-    {
+    __device__ __forceinline__ void add(const uint4 &pack) {
 #pragma unroll
         for (uint32_t i = 0; i < kPerPack<T>; ++i) values[i] += widen(bits_of<T>(pack, i), T{});
     }
 
-    __device__ __forceinline__ uint4 round() const
-    {
+    __device__ __forceinline__ uint4 round() const {
         uint4 pack = make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (uint32_t i = 0; i < kPerPack<T>; ++i) {
@@ -155,8 +158,7 @@ template <typename T> struct Sum {
 // The sum over all ranks, in rank order, of the pack `at(rank)`. All loads come first: they are
 // under way together.
 template <typename T, typename At>
-__device__ __forceinline__ uint4 sum_over_ranks(uint32_t world_size, At at)
-{
+__device__ __forceinline__ uint4 sum_over_ranks(uint32_t world_size, At at) {
     uint4 terms[RINGTP_MAX_RANKS];
 #pragma unroll
     for (uint32_t rank = 0; rank < RINGTP_MAX_RANKS; ++rank)

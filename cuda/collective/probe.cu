@@ -11,35 +11,32 @@
 namespace collective {
 
 // The pattern of a rank: a different word everywhere, and at each probe. As the host computes it.
-__device__ __forceinline__ uint32_t pattern(uint64_t nonce, uint32_t rank, uint32_t index)
-{
+__device__ __forceinline__ uint32_t pattern(uint64_t nonce, uint32_t rank, uint32_t index) {
     uint32_t x = static_cast<uint32_t>(nonce) * 0x9e3779b9u + rank * 0x85ebca6bu + index;
     x = (x ^ x >> 16) * 0x7feb352du;
     return x ^ x >> 15;
 }
 
 // Whether all of a stretch has the pattern of a rank; the same for all threads of the block.
-__device__ __forceinline__ bool has_pattern(const uint8_t* at, uint64_t nonce, uint32_t rank)
-{
+__device__ __forceinline__ bool has_pattern(const uint8_t *at, uint64_t nonce, uint32_t rank) {
     bool wrong = false;
     for (uint32_t i = threadIdx.x; i < RINGTP_PROBE_BYTES / 4; i += blockDim.x)
-        wrong |= ptx::ld_global(reinterpret_cast<const uint32_t*>(at) + i) !=
-                 pattern(nonce, rank, i);
+        wrong |=
+            ptx::ld_global(reinterpret_cast<const uint32_t *>(at) + i) != pattern(nonce, rank, i);
     return !__syncthreads_or(wrong);
 }
 
 }  // namespace collective
 
-extern "C" __global__ void probe(const __grid_constant__ ProbeArgs args)
-{
+extern "C" __global__ void probe(const __grid_constant__ ProbeArgs args) {
     using namespace collective;
-    auto* mine = reinterpret_cast<CollectiveArena*>(args.arena);
+    auto *mine = reinterpret_cast<CollectiveArena *>(args.arena);
     const uint32_t rank = mine->control.rank, peer = blockIdx.x;
-    auto* result = reinterpret_cast<ProbeResult*>(args.results) + peer;
+    auto *result = reinterpret_cast<ProbeResult *>(args.results) + peer;
     if (peer == rank) return;
-    auto* theirs = reinterpret_cast<CollectiveArena*>(mine->control.arenas[peer]);
+    auto *theirs = reinterpret_cast<CollectiveArena *>(mine->control.arenas[peer]);
     if (args.reaches >> peer & 1) {
-        auto* target = reinterpret_cast<uint32_t*>(theirs->probe[rank]);
+        auto *target = reinterpret_cast<uint32_t *>(theirs->probe[rank]);
         for (uint32_t i = threadIdx.x; i < RINGTP_PROBE_BYTES / 4; i += blockDim.x)
             ptx::st_global(target + i, pattern(args.nonce, rank, i));
         // All have written; the release is in the thread that writes the flag.

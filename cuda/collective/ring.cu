@@ -3,8 +3,8 @@
 // All-reduce: part p of the message starts at place p of the ring; every rank on its way adds its
 // own and rounds to the message's type; place p - 1 completes it and sends it around once more.
 // `ring_reduce_scatter` does the first half, with parts that end at their owners; `ring_all_gather`
-// the second. Floor: 2 S (N - 1) / N bytes out of each rank's link, half of it for a half; 2 (N - 1)
-// hops, of which chunks keep all links busy at once.
+// the second. Floor: 2 S (N - 1) / N bytes out of each rank's link, half of it for a half; 2 (N -
+// 1) hops, of which chunks keep all links busy at once.
 //
 // Grid: up to RINGTP_MAX_BLOCKS blocks of RINGTP_MAX_THREADS threads, the same on all ranks. Each
 // block is a ring of its own with its share of each part, cut into messages of RINGTP_RING_MESSAGE
@@ -16,9 +16,11 @@
 // - A block writes a message into a slot in its successor's memory. `__syncthreads()`, then one
 //   thread stores `ring_sent` there with release at system scope. The successor's thread polls that
 //   word with acquire, and a `__syncthreads()` lets its block read the slot.
-// - When the block has read the slot: `__syncthreads()`, then one thread stores `ring_read` into the
-//   predecessor's memory with release; the predecessor acquires it before it writes that slot again,
-//   RINGTP_RING_SLOTS messages later. So a write never overtakes the reading of what it replaces.
+// - When the block has read the slot: `__syncthreads()`, then one thread stores `ring_read` into
+// the
+//   predecessor's memory with release; the predecessor acquires it before it writes that slot
+//   again, RINGTP_RING_SLOTS messages later. So a write never overtakes the reading of what it
+//   replaces.
 // - Both words count messages on top of the epoch, and all ranks send as many. A collective begins
 //   with a barrier among neighbours: then both are in this collective, have read all that they were
 //   sent before, and no word is ahead of its count; the slots are free.
@@ -37,16 +39,15 @@ constexpr uint32_t kGroup = RINGTP_RING_SLOTS / 2;
 
 // One block's end of the ring.
 struct Ring {
-    Collective& c;
+    Collective &c;
     uint32_t previous;
     uint32_t next;
     // Messages received and sent so far.
     uint64_t received = 0;
     uint64_t sent = 0;
 
-    __device__ __forceinline__ explicit Ring(Collective& c) : c(c)
-    {
-        const uint32_t* ring = c.mine->control.ring;
+    __device__ __forceinline__ explicit Ring(Collective &c) : c(c) {
+        const uint32_t *ring = c.mine->control.ring;
         const uint32_t position = c.mine->control.ring_position;
         next = ring[(position + 1) % c.world_size];
         previous = ring[(position + c.world_size - 1) % c.world_size];
@@ -54,8 +55,7 @@ struct Ring {
 
     // Waits for the predecessor's next message, if `receives`, and for a free slot at the
     // successor, if `sends`. False, for all threads, if a rank is lost.
-    __device__ __forceinline__ bool ready(bool receives, bool sends) const
-    {
+    __device__ __forceinline__ bool ready(bool receives, bool sends) const {
         bool failed = false;
         // Two threads of different warps, so that the waits overlap. The first 2 epochs are the
         // barrier's.
@@ -63,15 +63,14 @@ struct Ring {
             failed = !c.wait(&c.mine->ring_sent[blockIdx.x], c.flag(2 + received + 1), previous,
                              RINGTP_STEP_RING_MESSAGE);
         if (threadIdx.x == 32 && sends && sent >= RINGTP_RING_SLOTS)
-            failed = !c.wait(&c.mine->ring_read[blockIdx.x],
-                             c.flag(2 + sent - RINGTP_RING_SLOTS + 1), next,
-                             RINGTP_STEP_RING_CREDIT);
+            failed =
+                !c.wait(&c.mine->ring_read[blockIdx.x], c.flag(2 + sent - RINGTP_RING_SLOTS + 1),
+                        next, RINGTP_STEP_RING_CREDIT);
         return !__syncthreads_or(failed);
     }
 
     // All threads have read the message and written the next one: tells both neighbours.
-    __device__ __forceinline__ void pass_on(bool receives, bool sends)
-    {
+    __device__ __forceinline__ void pass_on(bool receives, bool sends) {
         __syncthreads();
         if (threadIdx.x == 0 && sends)
             ptx::st_release_sys(&c.arena(next)->ring_sent[blockIdx.x], c.flag(2 + sent + 1));
@@ -82,12 +81,11 @@ struct Ring {
         sent += sends;
     }
 
-    __device__ __forceinline__ const uint4* incoming() const
-    {
+    __device__ __forceinline__ const uint4 *incoming() const {
         return c.ring_slot(c.rank, received);
     }
 
-    __device__ __forceinline__ uint4* outgoing() const { return c.ring_slot(next, sent); }
+    __device__ __forceinline__ uint4 *outgoing() const { return c.ring_slot(next, sent); }
 };
 
 enum class Halves { kReduceScatter, kAllGather, kBoth };
@@ -101,9 +99,8 @@ struct Segment {
 
 // `part(index)` gives the Segment of a part; `longest` is the packs of the longest one.
 template <typename T, Halves halves, typename PartOf>
-__device__ __forceinline__ void ring(const CollectiveArgs& args, PartOf part, uint64_t longest)
-{
-    Collective c(args.arena);
+__device__ __forceinline__ void ring(const CollectiveArgs &args, PartOf part, uint64_t longest) {
+    Collective c(args);
     Ring ring(c);
     const uint32_t n = c.world_size;
     const uint32_t position = c.mine->control.ring_position;
@@ -124,11 +121,9 @@ __device__ __forceinline__ void ring(const CollectiveArgs& args, PartOf part, ui
             const Segment own = part((position + 2 * n - step - shift) % n);
             for (uint32_t member = 0; member < members; ++member) {
                 if (!ring.ready(receives, sends)) return;
-                const uint64_t first =
-                    ((group + member) * gridDim.x + blockIdx.x) * kMessagePacks;
+                const uint64_t first = ((group + member) * gridDim.x + blockIdx.x) * kMessagePacks;
                 const uint64_t packs = packs_of<T>(own.elements);
-                const uint64_t count =
-                    first < packs ? min(packs - first, kMessagePacks) : 0;
+                const uint64_t count = first < packs ? min(packs - first, kMessagePacks) : 0;
                 for (uint64_t i = threadIdx.x; i < count; i += blockDim.x) {
                     uint4 pack;
                     if (receives) pack = ptx::ld_global_v4(ring.incoming() + i);
@@ -144,8 +139,8 @@ __device__ __forceinline__ void ring(const CollectiveArgs& args, PartOf part, ui
                     }
                     // The part is complete here: the sum's last step, and all steps after it.
                     if (step >= last_sum)
-                        store_pack<T>(args.output + own.output * sizeof(T), first + i,
-                                      own.elements, pack);
+                        store_pack<T>(args.output + own.output * sizeof(T), first + i, own.elements,
+                                      pack);
                     if (sends) ptx::st_global_v4(ring.outgoing() + i, pack);
                 }
                 ring.pass_on(receives, sends);
@@ -157,9 +152,8 @@ __device__ __forceinline__ void ring(const CollectiveArgs& args, PartOf part, ui
     c.finish();
 }
 
-template <typename T> __device__ __forceinline__ void ring_all_reduce(const CollectiveArgs& args)
-{
-    const auto* arena = reinterpret_cast<const CollectiveArena*>(args.arena);
+template <typename T> __device__ __forceinline__ void ring_all_reduce(const CollectiveArgs &args) {
+    const auto *arena = reinterpret_cast<const CollectiveArena *>(args.arena);
     const uint32_t n = arena->control.world_size;
     const uint64_t packs = packs_of<T>(args.elements);
     // Parts are of packs, so that all accesses stay aligned; the last pack may be a part of one.
@@ -173,9 +167,8 @@ template <typename T> __device__ __forceinline__ void ring_all_reduce(const Coll
 }
 
 template <typename T>
-__device__ __forceinline__ void ring_reduce_scatter(const CollectiveArgs& args)
-{
-    const auto* arena = reinterpret_cast<const CollectiveArena*>(args.arena);
+__device__ __forceinline__ void ring_reduce_scatter(const CollectiveArgs &args) {
+    const auto *arena = reinterpret_cast<const CollectiveArena *>(args.arena);
     const uint32_t n = arena->control.world_size;
     // The part of the rank at a place of the ring; it arrives at the start of its owner's output.
     const auto part = [&](uint32_t index) {
@@ -186,9 +179,8 @@ __device__ __forceinline__ void ring_reduce_scatter(const CollectiveArgs& args)
 }
 
 // One row: the input of each rank, of its own length, goes where it belongs in the output.
-template <typename T> __device__ __forceinline__ void ring_all_gather(const CollectiveArgs& args)
-{
-    const auto* arena = reinterpret_cast<const CollectiveArena*>(args.arena);
+template <typename T> __device__ __forceinline__ void ring_all_gather(const CollectiveArgs &args) {
+    const auto *arena = reinterpret_cast<const CollectiveArena *>(args.arena);
     const uint32_t n = arena->control.world_size;
     uint64_t longest = 0;
     for (uint32_t rank = 0; rank < n; ++rank) longest = max(longest, args.widths[rank]);

@@ -11,56 +11,63 @@
 // that is written again: so it works in place, and no third barrier is needed. That holds as long
 // as the next kernel in the stream starts when this one has ended (no programmatic launch).
 //
-// Pack i of each part belongs to the same thread in both hops, and to the same block on all ranks.
+// Pack i of each part belongs to the same block on all ranks and in both hops, and so does its
+// place in the buffers in every pass: blocks meet nobody but their twins.
 #include "collective.cuh"
 #include "pack.cuh"
 
 namespace collective {
 
-template <typename T> __device__ __forceinline__ void two_shot(const CollectiveArgs& args)
-{
-    __shared__ const uint4* sources[kMaxRanks];
-    Collective c(args.arena);
+// In a source that peers are told: the pointer is to the message itself, not to the staging buffer,
+// where parts lie at other places. Pointers are aligned to 16 bytes.
+constexpr uint64_t kDirect = 1;
+
+template <typename T> __device__ __forceinline__ void two_shot(const CollectiveArgs &args) {
+    __shared__ const uint4 *sources[kMaxRanks];
+    Collective c(args);
     const uint64_t packs = packs_of<T>(args.elements);
+    const Part own(packs, c.world_size, c.rank);
+    // Packs of each part that a pass takes. The longest part has the most passes; all make them.
+    const uint64_t per_pass = c.staging_packs() / c.world_size;
+    const uint64_t longest = Part(packs, c.world_size, 0).count;
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
     const uint32_t threads = gridDim.x * blockDim.x;
-    for (uint64_t first = 0; first < packs; first += c.staging_packs()) {
-        const uint64_t count = min(packs - first, c.staging_packs());
-        uint4* staging = c.staging(c.rank);
-        const uint4* source = reinterpret_cast<const uint4*>(args.input) + first;
+    for (uint64_t first = 0; first < longest; first += per_pass) {
+        const auto end_of = [&](const Part &part) { return min(part.count, first + per_pass); };
+        uint64_t source = args.input | kDirect;
         if (!args.direct) {
-            source = staging;
+            source = reinterpret_cast<uint64_t>(c.staging(c.rank));
             for (uint32_t peer = 0; peer < c.world_size; ++peer) {
-                const Part part(count, c.world_size, peer);
-                for (uint64_t i = thread; i < part.count; i += threads)
-                    ptx::st_global_v4(
-                        staging + part.first + i,
-                        load_pack<T>(args.input, first + part.first + i, args.elements));
+                const Part part(packs, c.world_size, peer);
+                uint4 *staging = c.staging(c.rank) + peer * per_pass;
+                for (uint64_t i = first + thread; i < end_of(part); i += threads)
+                    ptx::st_global_v4(staging + (i - first),
+                                      load_pack<T>(args.input, part.first + i, args.elements));
             }
         }
-        if (!c.barrier(0, reinterpret_cast<uint64_t>(source))) return;
-        if (threadIdx.x < c.world_size)
-            sources[threadIdx.x] =
-                threadIdx.x == c.rank ? source
-                                      : reinterpret_cast<const uint4*>(c.source_of(threadIdx.x));
+        if (!c.barrier(0, source)) return;
+        if (threadIdx.x < c.world_size) {
+            // Where the peer has this rank's part of this pass.
+            if (threadIdx.x != c.rank) source = c.source_of(threadIdx.x);
+            const uint64_t at = source & kDirect ? own.first + first : c.rank * per_pass;
+            sources[threadIdx.x] = reinterpret_cast<const uint4 *>(source & ~kDirect) + at;
+        }
         __syncthreads();
 
-        const Part own(count, c.world_size, c.rank);
-        for (uint64_t i = thread; i < own.count; i += threads) {
-            const uint4 sum = sum_over_ranks<T>(c.world_size, [&](uint32_t peer) {
-                return sources[peer] + own.first + i;
-            });
-            ptx::st_global_v4(c.result(c.rank) + i, sum);
-            store_pack<T>(args.output, first + own.first + i, args.elements, sum);
+        for (uint64_t i = first + thread; i < end_of(own); i += threads) {
+            const uint4 sum = sum_over_ranks<T>(
+                c.world_size, [&](uint32_t peer) { return sources[peer] + (i - first); });
+            ptx::st_global_v4(c.result(c.rank) + (i - first), sum);
+            store_pack<T>(args.output, own.first + i, args.elements, sum);
         }
         if (!c.barrier(1)) return;
         // Each starts behind itself, so that not all read from one rank at once.
         for (uint32_t step = 1; step < c.world_size; ++step) {
             const uint32_t peer = (c.rank + step) % c.world_size;
-            const Part part(count, c.world_size, peer);
-            for (uint64_t i = thread; i < part.count; i += threads)
-                store_pack<T>(args.output, first + part.first + i, args.elements,
-                              ptx::ld_global_v4(c.result(peer) + i));
+            const Part part(packs, c.world_size, peer);
+            for (uint64_t i = first + thread; i < end_of(part); i += threads)
+                store_pack<T>(args.output, part.first + i, args.elements,
+                              ptx::ld_global_v4(c.result(peer) + (i - first)));
         }
         c.next_pass();
     }
