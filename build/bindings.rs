@@ -119,7 +119,8 @@ pub(crate) fn generate(root: &Path, toolkit: &Toolkit, out: &Path) -> Result<(),
     write(driver, &out.join("driver.rs"))?;
 
     let abi = root.join("cuda/abi.h");
-    let own = abi.display().to_string();
+    // With what it includes of the project.
+    let own = format!("{}/.*", root.join("cuda").display());
     let abi = builder(&abi)
         .allowlist_file(own)
         .default_enum_style(bindgen::EnumVariation::Consts);

@@ -44,4 +44,6 @@ typedef struct NormParams {
 } NormParams;
 RINGTP_ABI_SIZE(NormParams, 80)
 
+#include "collective/abi.h"
+
 #endif

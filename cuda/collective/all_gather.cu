@@ -70,7 +70,29 @@ template <typename T> __device__ __forceinline__ void all_gather(const Collectiv
     c.finish();
 }
 
+// No collective: puts the rows of all ranks, which the ring has gathered one rank after another in
+// `input`, side by side.
+template <typename T>
+__device__ __forceinline__ void place_columns(const CollectiveArgs &args) {
+    const auto *arena = reinterpret_cast<const CollectiveArena *>(args.arena);
+    const uint32_t world_size = arena->control.world_size;
+    uint64_t total = 0;
+    for (uint32_t peer = 0; peer < world_size; ++peer) total += args.widths[peer];
+    uint64_t column = 0;
+    for (uint32_t peer = 0; peer < world_size; ++peer) {
+        const uint64_t width = args.widths[peer];
+        const uint64_t elements = args.rows * width;
+        const uint64_t source = args.input + args.rows * column * sizeof(T);
+        for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < packs_of<T>(elements);
+             i += gridDim.x * blockDim.x)
+            place<T>(args, column, width, total, i, load_pack<T>(source, i, elements));
+        column += width;
+    }
+}
+
 }  // namespace collective
 
 RINGTP_COLLECTIVE_OF(all_gather, b16, uint16_t)
 RINGTP_COLLECTIVE_OF(all_gather, b32, uint32_t)
+RINGTP_COLLECTIVE_OF(place_columns, b16, uint16_t)
+RINGTP_COLLECTIVE_OF(place_columns, b32, uint32_t)

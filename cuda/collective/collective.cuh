@@ -62,8 +62,6 @@
 
 namespace collective {
 
-constexpr uint32_t kMaxRanks = RINGTP_MAX_RANKS;
-constexpr uint32_t kMaxBlocks = RINGTP_MAX_BLOCKS;
 constexpr uint32_t kGenerationShift = 48;
 constexpr uint32_t kTagShift = 40;
 constexpr uint64_t kEpochs = 1ull << kTagShift;
@@ -109,8 +107,8 @@ struct Collective {
 
     // The messages that a peer's block was sent around the ring, or one's own.
     __device__ __forceinline__ uint4 *ring_slot(uint32_t peer, uint64_t message) const {
-        constexpr uint64_t kPacks = RINGTP_RING_MESSAGE / 16;
-        const uint64_t slot = blockIdx.x * RINGTP_RING_SLOTS + message % RINGTP_RING_SLOTS;
+        constexpr uint64_t kPacks = kRingMessageBytes / 16;
+        const uint64_t slot = blockIdx.x * kRingSlots + message % kRingSlots;
         return buffer(peer) + 3 * staging_packs() + slot * kPacks;
     }
 
@@ -137,7 +135,7 @@ struct Collective {
             CollectiveArena *theirs = arena(peer);
             if (stage == 0) theirs->sources[epoch / 2 % 2][blockIdx.x][rank] = source;
             ptx::st_release_sys(&theirs->barrier[blockIdx.x][rank], target);
-            failed = !wait(&mine->barrier[blockIdx.x][peer], target, peer, RINGTP_STEP_BARRIER);
+            failed = !wait(&mine->barrier[blockIdx.x][peer], target, peer, kStepBarrier);
         }
         return !__syncthreads_or(failed);
     }
@@ -169,7 +167,7 @@ struct Collective {
     // own epoch, and all together those of the blocks that this grid leaves out.
     __device__ __forceinline__ void finish() {
         const uint32_t block = blockIdx.x + threadIdx.x * gridDim.x;
-        if (block < kMaxBlocks) mine->epochs[block] = epoch;
+        if (block < kCollectiveBlocks) mine->epochs[block] = epoch;
     }
 
   private:
@@ -209,7 +207,7 @@ struct Collective {
         for (;;) {
             const uint64_t raised = ptx::ld_relaxed_sys(&mine->abort);
             if (is_raised(raised)) {
-                return give_up(RINGTP_REASON_ABORTED, step, peer, target, 0, waited);
+                return give_up(kReasonAborted, step, peer, target, 0, waited);
             }
             uint64_t seen = 0;
             Seen found = Seen::kNotYet;
@@ -223,12 +221,12 @@ struct Collective {
             }
             if (found == Seen::kReached) return true;
             if (found == Seen::kOtherCall)
-                return give_up(RINGTP_REASON_OTHER_CALL, step, peer, target, seen, waited);
+                return give_up(kReasonOtherCall, step, peer, target, seen, waited);
             if (found == Seen::kLaterGeneration)
-                return give_up(RINGTP_REASON_GENERATION, step, peer, target, seen, waited);
+                return give_up(kReasonGeneration, step, peer, target, seen, waited);
             waited = ptx::globaltimer() - start;
             if (waited > mine->control.deadline_ns)
-                return give_up(RINGTP_REASON_TIMEOUT, step, peer, target, seen, waited);
+                return give_up(kReasonTimeout, step, peer, target, seen, waited);
         }
     }
 
@@ -266,7 +264,7 @@ struct Collective {
 
 // One kernel: NAME_SUFFIX, of `collective::NAME<TYPE>`.
 #define RINGTP_COLLECTIVE_OF(NAME, SUFFIX, TYPE)                                                   \
-    extern "C" __global__ void __launch_bounds__(RINGTP_MAX_THREADS, 1)                            \
+    extern "C" __global__ void __launch_bounds__(kCollectiveThreads, 1)                            \
         NAME##_##SUFFIX(const __grid_constant__ CollectiveArgs args) {                             \
         collective::NAME<TYPE>(args);                                                              \
     }

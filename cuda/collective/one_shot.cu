@@ -1,6 +1,6 @@
 // All-reduce in one hop: every rank reads every other's message and sums it for itself.
 //
-// Grid: up to RINGTP_MAX_BLOCKS blocks of up to RINGTP_MAX_THREADS threads, the same on all ranks;
+// Grid: up to kCollectiveBlocks blocks of up to kCollectiveThreads threads, the same on all ranks;
 // no shared memory. Floor: (N - 1) S bytes into each rank's links, and one hop.
 //
 // The message is staged in memory of this rank first, in packs: peers then read whole, aligned

@@ -159,13 +159,13 @@ template <typename T> struct Sum {
 // under way together.
 template <typename T, typename At>
 __device__ __forceinline__ uint4 sum_over_ranks(uint32_t world_size, At at) {
-    uint4 terms[RINGTP_MAX_RANKS];
+    uint4 terms[kMaxRanks];
 #pragma unroll
-    for (uint32_t rank = 0; rank < RINGTP_MAX_RANKS; ++rank)
+    for (uint32_t rank = 0; rank < kMaxRanks; ++rank)
         if (rank < world_size) terms[rank] = ptx::ld_global_v4(at(rank));
     Sum<T> sum(terms[0]);
 #pragma unroll
-    for (uint32_t rank = 1; rank < RINGTP_MAX_RANKS; ++rank)
+    for (uint32_t rank = 1; rank < kMaxRanks; ++rank)
         if (rank < world_size) sum.add(terms[rank]);
     return sum.round();
 }

@@ -20,7 +20,7 @@ __device__ __forceinline__ uint32_t pattern(uint64_t nonce, uint32_t rank, uint3
 // Whether all of a stretch has the pattern of a rank; the same for all threads of the block.
 __device__ __forceinline__ bool has_pattern(const uint8_t *at, uint64_t nonce, uint32_t rank) {
     bool wrong = false;
-    for (uint32_t i = threadIdx.x; i < RINGTP_PROBE_BYTES / 4; i += blockDim.x)
+    for (uint32_t i = threadIdx.x; i < kProbeBytes / 4; i += blockDim.x)
         wrong |=
             ptx::ld_global(reinterpret_cast<const uint32_t *>(at) + i) != pattern(nonce, rank, i);
     return !__syncthreads_or(wrong);
@@ -37,13 +37,13 @@ extern "C" __global__ void probe(const __grid_constant__ ProbeArgs args) {
     auto *theirs = reinterpret_cast<CollectiveArena *>(mine->control.arenas[peer]);
     if (args.reaches >> peer & 1) {
         auto *target = reinterpret_cast<uint32_t *>(theirs->probe[rank]);
-        for (uint32_t i = threadIdx.x; i < RINGTP_PROBE_BYTES / 4; i += blockDim.x)
+        for (uint32_t i = threadIdx.x; i < kProbeBytes / 4; i += blockDim.x)
             ptx::st_global(target + i, pattern(args.nonce, rank, i));
         // All have written; the release is in the thread that writes the flag.
         __syncthreads();
         if (threadIdx.x == 0) ptx::st_release_sys(&theirs->probe_flags[rank], args.nonce);
         const bool right = has_pattern(theirs->probe[peer], args.nonce, peer);
-        if (threadIdx.x == 0) result->read = right ? RINGTP_PROBE_RIGHT : RINGTP_PROBE_DAMAGED;
+        if (threadIdx.x == 0) result->read = right ? kProbeRight : kProbeDamaged;
     }
     if (args.reached_by >> peer & 1) {
         bool missing = false;
@@ -55,11 +55,11 @@ extern "C" __global__ void probe(const __grid_constant__ ProbeArgs args) {
                 ptx::nanosleep(1024);
             }
         }
-        uint32_t written = RINGTP_PROBE_MISSING;
+        uint32_t written = kProbeMissing;
         // The acquire, then the barrier: the block sees what the peer wrote before its flag.
         if (!__syncthreads_or(missing))
-            written = has_pattern(mine->probe[peer], args.nonce, peer) ? RINGTP_PROBE_RIGHT
-                                                                       : RINGTP_PROBE_DAMAGED;
+            written = has_pattern(mine->probe[peer], args.nonce, peer) ? kProbeRight
+                                                                       : kProbeDamaged;
         if (threadIdx.x == 0) result->written = written;
     }
 }

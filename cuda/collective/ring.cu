@@ -6,8 +6,8 @@
 // the second. Floor: 2 S (N - 1) / N bytes out of each rank's link, half of it for a half; 2 (N -
 // 1) hops, of which chunks keep all links busy at once.
 //
-// Grid: up to RINGTP_MAX_BLOCKS blocks of RINGTP_MAX_THREADS threads, the same on all ranks. Each
-// block is a ring of its own with its share of each part, cut into messages of RINGTP_RING_MESSAGE
+// Grid: up to kCollectiveBlocks blocks of kCollectiveThreads threads, the same on all ranks. Each
+// block is a ring of its own with its share of each part, cut into messages of kRingMessageBytes
 // bytes; a group of them follows one another through each step, so that a block works on one while
 // the next is under way.
 //
@@ -19,7 +19,7 @@
 // - When the block has read the slot: `__syncthreads()`, then one thread stores `ring_read` into
 // the
 //   predecessor's memory with release; the predecessor acquires it before it writes that slot
-//   again, RINGTP_RING_SLOTS messages later. So a write never overtakes the reading of what it
+//   again, kRingSlots messages later. So a write never overtakes the reading of what it
 //   replaces.
 // - Both words count messages on top of the epoch, and all ranks send as many. A collective begins
 //   with a barrier among neighbours: then both are in this collective, have read all that they were
@@ -33,9 +33,9 @@
 
 namespace collective {
 
-constexpr uint64_t kMessagePacks = RINGTP_RING_MESSAGE / 16;
+constexpr uint64_t kMessagePacks = kRingMessageBytes / 16;
 // Messages of a group: half of the slots, so that a group can be sent while the last one is read.
-constexpr uint32_t kGroup = RINGTP_RING_SLOTS / 2;
+constexpr uint32_t kGroup = kRingSlots / 2;
 
 // One block's end of the ring.
 struct Ring {
@@ -61,11 +61,11 @@ struct Ring {
         // barrier's.
         if (threadIdx.x == 0 && receives)
             failed = !c.wait(&c.mine->ring_sent[blockIdx.x], c.flag(2 + received + 1), previous,
-                             RINGTP_STEP_RING_MESSAGE);
-        if (threadIdx.x == 32 && sends && sent >= RINGTP_RING_SLOTS)
+                             kStepRingMessage);
+        if (threadIdx.x == 32 && sends && sent >= kRingSlots)
             failed =
-                !c.wait(&c.mine->ring_read[blockIdx.x], c.flag(2 + sent - RINGTP_RING_SLOTS + 1),
-                        next, RINGTP_STEP_RING_CREDIT);
+                !c.wait(&c.mine->ring_read[blockIdx.x], c.flag(2 + sent - kRingSlots + 1),
+                        next, kStepRingCredit);
         return !__syncthreads_or(failed);
     }
 

@@ -1,7 +1,7 @@
 // All-reduce in two hops: rank r sums part r of every rank's message, then collects the others'
 // sums.
 //
-// Grid: up to RINGTP_MAX_BLOCKS blocks of up to RINGTP_MAX_THREADS threads, the same on all ranks;
+// Grid: up to kCollectiveBlocks blocks of up to kCollectiveThreads threads, the same on all ranks;
 // shared memory for a pointer a rank. Floor: 2 S (N - 1) / N bytes into each rank's links, and two
 // hops. The sums are those of one_shot.cu, to the bit.
 //

@@ -93,6 +93,24 @@ impl CpuComm {
         self.generation.abort(self.rank, || cause.to_owned());
     }
 
+    /// Ends the group because of `rank`, as this rank found out; the first cause stands.
+    #[cfg(feature = "cuda")]
+    pub(super) fn blame(&self, rank: usize, cause: &str) {
+        self.generation.abort(rank, || cause.to_owned());
+    }
+
+    /// The error of a group that has ended.
+    #[cfg(feature = "cuda")]
+    pub(super) fn check(&self) -> Result<(), CommError> {
+        self.generation.check()
+    }
+
+    /// Rebuilds so far.
+    #[cfg(feature = "cuda")]
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.number
+    }
+
     /// The sum of `data` over all ranks, in place, by the algorithm [`Auto`] chooses.
     pub fn all_reduce<T: Element>(&mut self, data: &mut [T]) -> Result<(), CommError> {
         self.all_reduce_with(&Auto, data)

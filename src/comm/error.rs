@@ -54,6 +54,27 @@ pub enum CommError {
         /// This rank's call.
         found: String,
     },
+    /// What one rank wrote did not reach another, although the driver gives access.
+    #[error(
+        "the link from rank {from} to rank {to} loses writes: {problem}; ringtp doctor probes the \
+         links: disable the IOMMU or PCIe access control, or choose other devices"
+    )]
+    Link {
+        /// The rank that wrote.
+        from: usize,
+        /// The rank that did not see it.
+        to: usize,
+        /// What was seen instead.
+        problem: String,
+    },
+    /// A device failed in a way that only a new process mends; the group can't be rebuilt.
+    #[error("rank {rank} failed for good: {cause}; end this process and start another")]
+    Poisoned {
+        /// The rank of the device.
+        rank: usize,
+        /// What the driver said.
+        cause: String,
+    },
     /// Arguments that no collective can take.
     #[error("{operation}: {problem}")]
     Argument {

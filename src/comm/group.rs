@@ -115,6 +115,12 @@ impl Group {
         self.inner.world_size
     }
 
+    /// Rebuilds so far.
+    #[cfg(feature = "cuda")]
+    pub(super) fn generation(&self) -> u64 {
+        lock(&self.inner.state).current.number
+    }
+
     /// The options it was made with.
     pub fn options(&self) -> GroupOptions {
         self.inner.options

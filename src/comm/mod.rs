@@ -7,6 +7,8 @@
 //! | [`AllReduce`], [`ALL`] | all-reduce algorithms as values: [`Auto`], [`OneShot`], [`TwoShot`], [`Ring`] |
 //! | [`Wire`], [`reduce`] | what an algorithm is written with |
 //! | [`run_ranks`] | a thread per rank, for tests, examples and small programs |
+//! | `p2p` | collectives on devices, over NVLink or the bus (feature `cuda`) |
+//! | [`Links`], [`cost`] | which device reaches which, and what an algorithm costs there |
 //!
 //! What holds for every collective:
 //!
@@ -26,11 +28,15 @@
 
 mod all_reduce;
 mod communicator;
+pub mod cost;
 mod cpu;
 mod error;
 mod generation;
 mod group;
+mod links;
 mod mailbox;
+#[cfg(feature = "cuda")]
+pub mod p2p;
 pub mod reduce;
 mod stats;
 mod tensors;
@@ -43,6 +49,7 @@ pub use communicator::Communicator;
 pub use cpu::CpuComm;
 pub use error::CommError;
 pub use group::{Group, GroupOptions, run_ranks};
+pub use links::{Link, Links};
 pub use stats::CommStats;
 pub use tensors::TensorComm;
 pub use wire::Wire;

@@ -24,3 +24,7 @@ pub unsafe trait KernelParams: Copy {}
 
 // SAFETY: made from cuda/abi.h; taken by the kernels of cuda/norm.cu.
 unsafe impl KernelParams for NormParams {}
+// SAFETY: made from cuda/collective/abi.h; taken by the kernels beside it.
+unsafe impl KernelParams for CollectiveArgs {}
+// SAFETY: made from cuda/collective/abi.h; taken by cuda/collective/probe.cu.
+unsafe impl KernelParams for ProbeArgs {}

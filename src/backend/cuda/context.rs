@@ -14,6 +14,7 @@ use cust::device::Device;
 use super::sys::{self, CUdevice_attribute, CUresult, check, check_in_drop};
 use crate::error::{Error, Result};
 
+pub use super::sys::CUdevice_P2PAttribute_enum as P2pAttribute;
 pub use super::sys::CUdevice_attribute_enum as DeviceAttribute;
 
 /// A device's primary context, held as long as a clone of this lives.
@@ -216,6 +217,48 @@ impl Context {
                 peer.ordinal()
             )
         })
+    }
+
+    /// What the driver says of the way to `peer`, another device.
+    pub fn p2p_attribute(&self, peer: &Self, attribute: P2pAttribute) -> Result<i32> {
+        let mut value = 0;
+        let (own, other) = (self.inner.device.as_raw(), peer.inner.device.as_raw());
+        // SAFETY: writes one integer.
+        let code = unsafe { sys::cuDeviceGetP2PAttribute(&mut value, attribute, own, other) };
+        check(code, "cuDeviceGetP2PAttribute", || {
+            format!(
+                "asking about the way from device {} to device {}",
+                self.ordinal(),
+                peer.ordinal()
+            )
+        })?;
+        Ok(value)
+    }
+
+    /// Whether peers that have access to this device reach the memory at `address`: memory of
+    /// `cuMemAlloc` they do, that of stream-ordered pools, of the host and of other devices not
+    /// by that alone.
+    pub fn is_reached_by_peers(&self, address: u64) -> Result<bool> {
+        use sys::CUpointer_attribute as A;
+        let ask = |attribute: A| -> Result<u32> {
+            let mut value: u32 = 0;
+            // SAFETY: writes an integer, or a bool in its low byte.
+            let code = unsafe {
+                sys::cuPointerGetAttribute((&raw mut value).cast(), attribute, address)
+            };
+            if code == CUresult::CUDA_ERROR_INVALID_VALUE {
+                return Ok(0);
+            }
+            check(code, "cuPointerGetAttribute", || {
+                format!("asking about the memory at {address:#x}")
+            })?;
+            Ok(value)
+        };
+        let _entered = self.enter()?;
+        // What can be shared with another process by the old calls came from cuMemAlloc.
+        let plain = ask(A::CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE)? & 0xff != 0;
+        let device = ask(A::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL)?;
+        Ok(plain && device as usize == self.ordinal())
     }
 
     /// Waits for all work of the context. It waits as long as a kernel runs, so nothing that a

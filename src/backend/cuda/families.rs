@@ -1,10 +1,19 @@
 //! The list of kernel families: one line each.
 
 use super::module::Family;
-use super::norm;
+use super::{collective, norm};
 
 /// Every family that is loaded on a device.
-pub(super) const ALL: &[Family] = &[norm::FAMILY];
+pub(super) const ALL: &[Family] = &[
+    norm::FAMILY,
+    collective::ONE_SHOT,
+    collective::TWO_SHOT,
+    collective::RING,
+    collective::REDUCE_SCATTER,
+    collective::ALL_GATHER,
+    collective::BROADCAST,
+    collective::PROBE,
+];
 
 /// The families that [`Kernels::load`](super::Kernels::load) loads.
 pub fn families() -> &'static [Family] {

@@ -35,6 +35,7 @@
 //!    fail. `tests/cuda_gates.rs` looks at the machine code of every kernel without being told.
 
 pub mod abi;
+mod collective;
 mod context;
 mod event;
 mod families;
@@ -48,7 +49,7 @@ mod stream;
 pub(crate) mod sys;
 mod view;
 
-pub use context::{Context, DeviceAttribute, Entered, Limits};
+pub use context::{Context, DeviceAttribute, Entered, Limits, P2pAttribute};
 pub use event::Event;
 pub use families::families;
 pub use graph::Graph;

@@ -45,6 +45,7 @@ pub struct Family {
 #[derive(Debug)]
 struct Module {
     context: Context,
+    name: String,
     raw: sys::CUmodule,
 }
 
@@ -66,6 +67,7 @@ impl Module {
         })?;
         Ok(Self {
             context: context.clone(),
+            name: name.to_owned(),
             raw,
         })
     }
@@ -165,6 +167,11 @@ impl Function {
             name,
             attributes,
         })
+    }
+
+    /// The family it is of.
+    pub fn family(&self) -> &str {
+        &self.module.name
     }
 
     /// The kernel's name.

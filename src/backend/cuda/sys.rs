@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/driver.rs"));
 }
-pub use generated::CUdevice_attribute_enum;
+pub use generated::{CUdevice_P2PAttribute_enum, CUdevice_attribute_enum};
 pub(crate) use generated::*;
 
 /// A C string of the driver's, or what stands for none.

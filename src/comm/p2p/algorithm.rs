@@ -7,7 +7,8 @@
 
 use std::fmt;
 
-use crate::backend::cuda::Family;
+use super::comm::mesh_threads;
+use crate::backend::cuda::{Family, abi};
 use crate::comm::cost::Wire;
 use crate::comm::{CommError, Links, Rounding};
 use crate::dtype::DType;
@@ -57,6 +58,12 @@ pub trait DeviceAllReduce: Sync + fmt::Debug {
     /// (`CollectiveArgs::direct`).
     fn reads_inputs(&self) -> bool {
         false
+    }
+
+    /// Threads of a block for a message of `packs` packs of 16 bytes: at least one a rank.
+    fn threads(&self, world_size: usize, packs: u64) -> u32 {
+        let _ = world_size;
+        mesh_threads(packs)
     }
 
     /// Blocks that a message of `packs` packs of 16 bytes can keep busy, with as many threads a
@@ -182,9 +189,13 @@ impl DeviceAllReduce for Ring {
         kernels!("ring_all_reduce", dtype)
     }
 
+    fn threads(&self, _world_size: usize, _packs: u64) -> u32 {
+        abi::kCollectiveThreads
+    }
+
     fn blocks(&self, world_size: usize, packs: u64, _threads: u32) -> u64 {
         // Each block takes whole messages.
-        let message = u64::from(crate::backend::cuda::abi::RINGTP_RING_MESSAGE / 16);
+        let message = u64::from(abi::kRingMessageBytes / 16);
         packs.div_ceil(world_size as u64).div_ceil(message)
     }
 }

@@ -47,16 +47,16 @@ impl Record {
         let (block, peer) = halves(block_peer);
         Some(Self {
             reason: match reason {
-                abi::RINGTP_REASON_TIMEOUT => Reason::Timeout,
-                abi::RINGTP_REASON_ABORTED => Reason::Aborted,
-                abi::RINGTP_REASON_GENERATION => Reason::LaterGeneration,
-                abi::RINGTP_REASON_OTHER_CALL => Reason::OtherCall,
+                abi::kReasonTimeout => Reason::Timeout,
+                abi::kReasonAborted => Reason::Aborted,
+                abi::kReasonGeneration => Reason::LaterGeneration,
+                abi::kReasonOtherCall => Reason::OtherCall,
                 _ => return None,
             },
             step: match step {
-                abi::RINGTP_STEP_BARRIER => Step::Barrier,
-                abi::RINGTP_STEP_RING_MESSAGE => Step::RingMessage,
-                abi::RINGTP_STEP_RING_CREDIT => Step::RingCredit,
+                abi::kStepBarrier => Step::Barrier,
+                abi::kStepRingMessage => Step::RingMessage,
+                abi::kStepRingCredit => Step::RingCredit,
                 _ => return None,
             },
             block,

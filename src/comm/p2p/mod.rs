@@ -1,0 +1,52 @@
+//! Collectives on devices that reach each other's memory: over NVLink or the PCI bus, without
+//! NCCL.
+//!
+//! | piece | what |
+//! |---|---|
+//! | [`P2pGroup`], [`P2pOptions`] | ranks on devices: links, probe, rebuild |
+//! | [`P2pComm`] | one rank's handle: the collectives, put into its stream |
+//! | [`DeviceAllReduce`], [`ALL`] | all-reduce algorithms as values: [`OneShot`], [`TwoShot`], [`Ring`] |
+//! | [`choose`] | the choice by size and links, and why not the others |
+//!
+//! What holds for [`CpuComm`](super::CpuComm) holds here: the same sums to the bit (rank order, f32,
+//! rounded once, -0 as +0; the ring by hops), deadlines, errors that name the culprit, rebuild. The
+//! kernels are in `cuda/collective/`, where `collective.cuh` has the argument of the protocol.
+//!
+//! A rank is a thread of one process with a device, or a share of one: a device may hold several
+//! ranks. Between the threads a [`CpuComm`](super::CpuComm) passes what the host has to say.
+//!
+//! ```no_run
+//! use ringtp::DType;
+//! use ringtp::backend::cuda::DevicePool;
+//! use ringtp::comm::p2p::{P2pGroup, P2pOptions};
+//!
+//! # fn main() -> ringtp::Result<()> {
+//! let (_group, comms) = P2pGroup::new(&[0, 1], P2pOptions::default())?;
+//! std::thread::scope(|scope| {
+//!     for mut comm in comms {
+//!         scope.spawn(move || -> ringtp::Result<()> {
+//!             let stream = comm.stream().clone();
+//!             let pool = DevicePool::new(stream.context(), 1 << 20);
+//!             let mut data = pool.upload(&[1.0_f32; 1000], &stream)?;
+//!             comm.all_reduce(DType::F32, &mut data.as_mut())?;
+//!             comm.synchronize()
+//!         });
+//!     }
+//! });
+//! # Ok(())
+//! # }
+//! ```
+
+mod algorithm;
+mod budget;
+mod comm;
+mod diagnosis;
+mod group;
+mod probe;
+mod rank_device;
+
+pub use algorithm::{
+    ALL, Choice, DeviceAllReduce, Image, OneShot, Reach, Refusal, Ring, TwoShot, by_name, choose,
+};
+pub use comm::P2pComm;
+pub use group::{MAX_BLOCKS, MAX_RANKS, P2pGroup, P2pOptions};
