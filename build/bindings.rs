@@ -123,6 +123,7 @@ pub(crate) fn generate(root: &Path, toolkit: &Toolkit, out: &Path) -> Result<(),
     let own = format!("{}/.*", root.join("cuda").display());
     let abi = builder(&abi)
         .allowlist_file(own)
+        .derive_default(true)
         .default_enum_style(bindgen::EnumVariation::Consts);
     write(abi, &out.join("abi.rs"))
 }

@@ -101,7 +101,8 @@ impl RankDevice {
         for word in 0..RECORD_WORDS {
             self.pinned.write(RECORD + word, 0);
         }
-        let mut head: Box<abi::CollectiveArena> = Box::default();
+        // SAFETY: a repr(C) struct of integers, for which zeros are values.
+        let mut head: Box<abi::CollectiveArena> = Box::new(unsafe { std::mem::zeroed() });
         let control = &mut head.control;
         control.generation = settings.generation;
         control.deadline_ns = u64::try_from(settings.deadline.as_nanos()).unwrap_or(u64::MAX);
