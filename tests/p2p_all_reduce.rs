@@ -6,7 +6,7 @@
 mod p2p_support;
 
 use half::{bf16, f16};
-use p2p_support::{Random, Rank, dtype, group, options, ring_sum, run, same, sum};
+use p2p_support::{Message, Random, Rank, dtype, group, options, ring_sum, run, same, sum};
 use ringtp::DType;
 use ringtp::comm::p2p::{ALL, DeviceAllReduce, OneShot, P2pGroup, P2pOptions, TwoShot};
 use ringtp::comm::{self, GroupOptions, Rounding, run_ranks};
@@ -39,7 +39,11 @@ impl<T: Element> Sums<T> {
         in_place: bool,
         bytes: &[usize],
     ) -> Self {
-        let message = |&b: &usize| (0..n).map(|_| random.values::<T>(elements::<T>(b))).collect();
+        let message = |&b: &usize| {
+            (0..n)
+                .map(|_| random.values::<T>(elements::<T>(b)))
+                .collect()
+        };
         Self {
             algorithm,
             in_place,
@@ -47,16 +51,29 @@ impl<T: Element> Sums<T> {
         }
     }
 
-    /// One rank's results.
-    fn run(&self, rank: &mut Rank, seed: u64) -> Vec<Vec<T>> {
+    /// One rank's messages and outputs. Allocation waits for the device, so all of it comes before
+    /// any rank's first call.
+    fn prepare(&self, rank: &Rank, seed: u64) -> Vec<(Message, Message)> {
         let me = rank.comm.rank();
         let mut random = Random(seed + me as u64);
-        let mut out = Vec::new();
+        let mut prepared = Vec::new();
         for message in &self.messages {
             // Now and then at an address that no pack can be read from, on some ranks.
-            let offset = if random.below(4) == 0 { size_of::<T>() } else { 0 };
-            let mut input = rank.message(&message[me], offset);
-            let mut output = rank.poisoned::<T>(message[me].len(), 0);
+            let offset = if random.below(4) == 0 {
+                size_of::<T>()
+            } else {
+                0
+            };
+            let input = rank.message(&message[me], offset);
+            let output = rank.poisoned::<T>(message[me].len(), 0);
+            prepared.push((input, output));
+        }
+        prepared
+    }
+
+    /// Puts one rank's calls into its stream.
+    fn call(&self, rank: &mut Rank, prepared: &mut [(Message, Message)]) {
+        for (input, output) in prepared {
             let done = if self.in_place {
                 let data = &mut input.view_mut();
                 rank.comm.all_reduce_with(self.algorithm, T::DTYPE, data)
@@ -66,10 +83,13 @@ impl<T: Element> Sums<T> {
                     .all_reduce_out_with(self.algorithm, T::DTYPE, input.view(), out)
             };
             done.expect("a call");
-            out.push(if self.in_place { input } else { output });
         }
-        rank.comm.synchronize().expect("the sums");
-        out.iter().map(|message| rank.values(message)).collect()
+    }
+
+    /// One rank's results.
+    fn results(&self, rank: &Rank, prepared: &[(Message, Message)]) -> Vec<Vec<T>> {
+        let read = |(input, output)| rank.values(if self.in_place { input } else { output });
+        prepared.iter().map(|(i, o)| read((i, o))).collect()
     }
 
     /// Checks every rank's results against the contract.
@@ -120,9 +140,20 @@ fn sums_of<T: Element>(random: &mut Random, n: usize, bytes: &[usize]) -> Vec<Su
 /// Every sum on a group over these devices.
 fn on_devices<T: Element>(devices: &[usize], sums: &[Sums<T>], options: P2pOptions, seed: u64) {
     let (group, comms) = P2pGroup::new(devices, options).expect("a group");
+    // Ranks may share a device: nobody allocates or frees on it while another's kernels wait.
+    let together = std::sync::Barrier::new(devices.len());
     let results = run(comms, |rank| {
-        let each = sums.iter().map(|sums| sums.run(rank, seed));
-        each.collect::<Vec<_>>()
+        let mut prepared: Vec<_> = sums.iter().map(|s| s.prepare(rank, seed)).collect();
+        together.wait();
+        for (sums, prepared) in sums.iter().zip(&mut prepared) {
+            sums.call(rank, prepared);
+        }
+        let done = rank.comm.synchronize();
+        together.wait();
+        done.expect("the sums");
+        let each = sums.iter().zip(&prepared);
+        each.map(|(sums, prepared)| sums.results(rank, prepared))
+            .collect::<Vec<_>>()
     });
     let ring = group.ring().expect("a ring").to_vec();
     for (index, sums) in sums.iter().enumerate() {
@@ -301,8 +332,14 @@ fn arguments_that_cannot_be_are_refused_before_anything_is_sent() {
         (first, second, rank.values::<f32>(&three))
     });
     for (first, second, sum) in results {
-        assert!(first.contains("no multiple of the 4 bytes of a f32"), "{first}");
-        assert!(second.contains("out has length 12, expected 16"), "{second}");
+        assert!(
+            first.contains("no multiple of the 4 bytes of a f32"),
+            "{first}"
+        );
+        assert!(
+            second.contains("out has length 12, expected 16"),
+            "{second}"
+        );
         assert_eq!(sum, [2.0; 3]);
     }
 }

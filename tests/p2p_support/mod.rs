@@ -73,7 +73,10 @@ impl Rank {
         let range = message.before..message.before + message.bytes;
         let values = aligned::<T>(&image[range.clone()]);
         image[range].fill(GUARD);
-        assert!(image.iter().all(|&b| b == GUARD), "a guard byte was written");
+        assert!(
+            image.iter().all(|&b| b == GUARD),
+            "a guard byte was written"
+        );
         values
     }
 }

@@ -243,9 +243,8 @@ impl Context {
         let ask = |attribute: A| -> Result<u32> {
             let mut value: u32 = 0;
             // SAFETY: writes an integer, or a bool in its low byte.
-            let code = unsafe {
-                sys::cuPointerGetAttribute((&raw mut value).cast(), attribute, address)
-            };
+            let code =
+                unsafe { sys::cuPointerGetAttribute((&raw mut value).cast(), attribute, address) };
             if code == CUresult::CUDA_ERROR_INVALID_VALUE {
                 return Ok(0);
             }

@@ -27,8 +27,8 @@ use crate::error::{Error, Result};
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/driver.rs"));
 }
-pub use generated::{CUdevice_P2PAttribute_enum, CUdevice_attribute_enum};
 pub(crate) use generated::*;
+pub use generated::{CUdevice_P2PAttribute_enum, CUdevice_attribute_enum};
 
 /// A C string of the driver's, or what stands for none.
 fn words(text: *const std::ffi::c_char, otherwise: &str) -> String {

@@ -284,7 +284,10 @@ pub fn choose(links: &Links, wire: Wire, bytes: usize) -> Result<Choice, CommErr
 /// # Errors
 /// [`CommError::Argument`], which lists the names.
 pub fn by_name(name: &str) -> Result<&'static dyn DeviceAllReduce, CommError> {
-    let found = ALL.iter().copied().find(|algorithm| algorithm.name() == name);
+    let found = ALL
+        .iter()
+        .copied()
+        .find(|algorithm| algorithm.name() == name);
     found.ok_or_else(|| {
         let names: Vec<_> = ALL.iter().map(|algorithm| algorithm.name()).collect();
         CommError::Argument {
@@ -331,7 +334,12 @@ mod tests {
         let choice = choose(&square, Wire::of(&square, 90), 1 << 20).expect("the ring works");
         assert_eq!(choice.algorithm.name(), "ring");
         assert_eq!(choice.refused.len(), 2);
-        assert!(choice.refused.iter().all(|(_, why)| *why == Refusal::Links(0, 2)));
+        assert!(
+            choice
+                .refused
+                .iter()
+                .all(|(_, why)| *why == Refusal::Links(0, 2))
+        );
         let line = Links::new(3, |a, b| match a.abs_diff(b) {
             1 => Link::Nvlink,
             _ => Link::NoAccess,

@@ -191,7 +191,11 @@ impl P2pComm {
         }
         let (mesh, world_size) = (self.mesh(OPERATION)?, self.world_size());
         let longest = part(elements as usize, world_size, 0).len() * dtype.size();
-        let name = if mesh { "reduce_scatter" } else { "ring_reduce_scatter" };
+        let name = if mesh {
+            "reduce_scatter"
+        } else {
+            "ring_reduce_scatter"
+        };
         let (threads, blocks) = shape(mesh, (longest as u64).div_ceil(PACK));
         self.put(Plan {
             call: call(OPERATION, dtype.name(), input.len(), None),
@@ -236,7 +240,9 @@ impl P2pComm {
         let (world_size, size) = (self.world_size(), dtype.size());
         same_len(OPERATION, "widths", widths.len(), world_size)?;
         let bytes = |width: usize| width.saturating_mul(rows).saturating_mul(size);
-        let total = widths.iter().fold(0usize, |sum, &width| sum.saturating_add(width));
+        let total = widths
+            .iter()
+            .fold(0usize, |sum, &width| sum.saturating_add(width));
         same_len(OPERATION, "input", input.len(), bytes(widths[self.rank]))?;
         same_len(OPERATION, "out", out.len(), bytes(total))?;
         aligned(OPERATION, "input", dtype, input.address())?;
@@ -331,7 +337,9 @@ impl P2pComm {
         if root >= world_size {
             return Err(CommError::Argument {
                 operation: OPERATION,
-                problem: format!("root is rank {root} of {world_size}; name one of the ranks, from 0"),
+                problem: format!(
+                    "root is rank {root} of {world_size}; name one of the ranks, from 0"
+                ),
             }
             .into());
         }
@@ -358,8 +366,8 @@ impl P2pComm {
         // One hop, or two with less out of the root's links: whichever the cost model prefers.
         let wire = self.shared.wire;
         let readers = world_size - 1;
-        let in_parts = readers > 1
-            && wire.time_us(2, data.len()) < wire.time_us(1, readers * data.len());
+        let in_parts =
+            readers > 1 && wire.time_us(2, data.len()) < wire.time_us(1, readers * data.len());
         let (threads, blocks) = shape(true, packs);
         self.put(Plan {
             call,
@@ -634,12 +642,7 @@ fn gather_args(input: u64, output: u64, rows: usize, widths: &[usize]) -> abi::C
     args
 }
 
-fn call(
-    operation: &'static str,
-    element: &'static str,
-    bytes: usize,
-    root: Option<usize>,
-) -> Call {
+fn call(operation: &'static str, element: &'static str, bytes: usize, root: Option<usize>) -> Call {
     Call {
         operation,
         algorithm: "",

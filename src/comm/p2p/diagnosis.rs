@@ -95,10 +95,13 @@ pub(crate) enum State {
 /// lowest epoch, or busy with something else. Where that is a waiting rank itself and the one it
 /// waits for has gone on, the flag was written and did not arrive: the link is to blame.
 pub(crate) fn diagnose(states: &[State], rank: usize, operation: &'static str) -> CommError {
-    let failed = states.iter().enumerate().find_map(|(rank, state)| match state {
-        State::Failed(cause) => Some((rank, cause)),
-        _ => None,
-    });
+    let failed = states
+        .iter()
+        .enumerate()
+        .find_map(|(rank, state)| match state {
+            State::Failed(cause) => Some((rank, cause)),
+            _ => None,
+        });
     if let Some((rank, cause)) = failed {
         return CommError::RankFailed {
             rank,
@@ -106,10 +109,13 @@ pub(crate) fn diagnose(states: &[State], rank: usize, operation: &'static str) -
         };
     }
     let records = || {
-        states.iter().enumerate().filter_map(|(rank, state)| match state {
-            State::GaveUp(record) => Some((rank, *record)),
-            _ => None,
-        })
+        states
+            .iter()
+            .enumerate()
+            .filter_map(|(rank, state)| match state {
+                State::GaveUp(record) => Some((rank, *record)),
+                _ => None,
+            })
     };
     if let Some((rank, record)) = records().find(|(_, r)| r.reason == Reason::OtherCall) {
         return CommError::Mismatch {
@@ -139,7 +145,9 @@ pub(crate) fn diagnose(states: &[State], rank: usize, operation: &'static str) -
     // Epochs that a rank has behind it, and whether it has yet to begin the next. Epochs wrap: they
     // are counted from half the range before some record's.
     let half = 1 << (EPOCH_BITS - 1);
-    let origin = records().next().map_or(0, |(_, r)| r.epoch.wrapping_sub(half));
+    let origin = records()
+        .next()
+        .map_or(0, |(_, r)| r.epoch.wrapping_sub(half));
     let behind = |epoch: u64| epoch.wrapping_sub(origin) % (1 << EPOCH_BITS);
     let progress = |state: &State| match state {
         State::GaveUp(record) => (behind(record.epoch.wrapping_sub(1)), true),

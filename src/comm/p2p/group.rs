@@ -130,9 +130,17 @@ impl P2pGroup {
             ));
         }
         let staging = options.staging_bytes.max(1);
-        options.staging_bytes = staging.checked_next_multiple_of(STAGING_UNIT).ok_or_else(|| {
-            Error::input("staging_bytes", "a size in memory", staging, "use a smaller one")
-        })?;
+        options.staging_bytes =
+            staging
+                .checked_next_multiple_of(STAGING_UNIT)
+                .ok_or_else(|| {
+                    Error::input(
+                        "staging_bytes",
+                        "a size in memory",
+                        staging,
+                        "use a smaller one",
+                    )
+                })?;
         let contexts: Vec<Context> = streams.iter().map(|s| s.context().clone()).collect();
         for own in &contexts {
             for peer in &contexts {
@@ -251,7 +259,9 @@ impl Shared {
 
     /// Locks a rank's device: whatever happened to another holder, it is as whole as the device.
     pub(super) fn device(&self, rank: usize) -> std::sync::MutexGuard<'_, RankDevice> {
-        self.ranks[rank].lock().unwrap_or_else(PoisonError::into_inner)
+        self.ranks[rank]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes a rank's arena as after `rebuilds` rebuilds.
@@ -291,7 +301,12 @@ impl Shared {
     }
 
     /// What ended this generation, as all ranks say it: found out now if nobody has yet.
-    pub(super) fn verdict(&self, rank: usize, generation: u64, operation: &'static str) -> CommError {
+    pub(super) fn verdict(
+        &self,
+        rank: usize,
+        generation: u64,
+        operation: &'static str,
+    ) -> CommError {
         let mut verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((of, error)) = &*verdict
             && *of == generation
@@ -315,10 +330,13 @@ impl Shared {
             let call = |rank| call(rank).map_or("nothing".to_owned(), |call| call.to_string());
             (*expected, *found) = (call(*peer), call(*rank));
         }
-        let failed = states.iter().enumerate().find_map(|(rank, state)| match state {
-            State::Failed(cause) => Some((rank, cause.clone())),
-            _ => None,
-        });
+        let failed = states
+            .iter()
+            .enumerate()
+            .find_map(|(rank, state)| match state {
+                State::Failed(cause) => Some((rank, cause.clone())),
+                _ => None,
+            });
         if let Some((rank, cause)) = failed {
             error = CommError::Poisoned { rank, cause };
             let mut poisoned = self.poisoned.lock().unwrap_or_else(PoisonError::into_inner);
@@ -374,7 +392,9 @@ fn load_extra(
     context: &Context,
     algorithms: &[&'static dyn DeviceAllReduce],
 ) -> Result<Vec<(&'static str, Kernels)>> {
-    let with_image = algorithms.iter().filter_map(|a| Some((a.name(), a.image()?)));
+    let with_image = algorithms
+        .iter()
+        .filter_map(|a| Some((a.name(), a.image()?)));
     with_image
         .map(|(name, image)| {
             // SAFETY: an algorithm's image is complete, as its trait asks.
@@ -391,11 +411,17 @@ fn take_leases(ranks: &[RankDevice], wanted: u32) -> Result<(Vec<Lease>, u32)> {
         let ordinal = rank.context.ordinal();
         // What fits on the device of the hungriest kernel, with the most threads.
         let mut fit = u32::MAX;
-        for kernel in rank.kernels.iter().filter(|k| k.family().starts_with("collective/")) {
+        for kernel in rank
+            .kernels
+            .iter()
+            .filter(|k| k.family().starts_with("collective/"))
+        {
             fit = fit.min(kernel.blocks_per_multiprocessor(abi::kCollectiveThreads, 0)?);
         }
         let capacity = fit.saturating_mul(rank.context.limits().multiprocessors);
-        let sharers = ranks[index..].iter().filter(|r| r.context.ordinal() == ordinal);
+        let sharers = ranks[index..]
+            .iter()
+            .filter(|r| r.context.ordinal() == ordinal);
         let lease = Lease::take(ordinal, capacity, wanted, sharers.count() as u32);
         leases.push(lease.ok_or_else(|| {
             Error::input(

@@ -23,9 +23,15 @@ pub(super) fn ask_driver(contexts: &[Context]) -> Result<Links> {
                 return Ok(Link::NoAccess);
             }
             // The bus carries no atomics between devices.
-            let atomics =
-                own.p2p_attribute(peer, P2pAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED)?;
-            Ok(if atomics != 0 { Link::Nvlink } else { Link::Pcie })
+            let atomics = own.p2p_attribute(
+                peer,
+                P2pAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED,
+            )?;
+            Ok(if atomics != 0 {
+                Link::Nvlink
+            } else {
+                Link::Pcie
+            })
         };
         ask().unwrap_or_else(|error| {
             fault.get_or_insert(error);
@@ -48,7 +54,9 @@ pub(super) fn run(
         return Ok(());
     }
     // A word that no earlier probe has left in memory.
-    let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let time = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     let nonce = (time.as_nanos() as u64) << 1 | 1;
     let settings = Settings {
         generation: 1,
@@ -80,9 +88,15 @@ pub(super) fn run(
     }
     let mut failures = Vec::new();
     for (rank, device) in ranks.iter().enumerate() {
-        let idle = device.stream.wait_until_idle(4 * limit + Duration::from_secs(2))?;
+        let idle = device
+            .stream
+            .wait_until_idle(4 * limit + Duration::from_secs(2))?;
         for peer in (0..world_size).filter(|&peer| peer != rank) {
-            let (written, read) = if idle { device.probe_result(peer) } else { (0, 0) };
+            let (written, read) = if idle {
+                device.probe_result(peer)
+            } else {
+                (0, 0)
+            };
             if links.get(peer, rank).is_good()
                 && let Some(how) = problem("writes", written)
             {

@@ -16,8 +16,7 @@ use crate::error::Result;
 /// Bytes of the arena before its buffers.
 const HEAD: usize = (size_of::<abi::CollectiveArena>()).next_multiple_of(128);
 /// Bytes of the ring's messages.
-const RING: usize =
-    (abi::kCollectiveBlocks * abi::kRingSlots * abi::kRingMessageBytes) as usize;
+const RING: usize = (abi::kCollectiveBlocks * abi::kRingSlots * abi::kRingMessageBytes) as usize;
 
 /// Pinned words: the record, then these.
 const RECORD: usize = 0;
@@ -147,9 +146,8 @@ impl RankDevice {
         let from = self.arena.as_ref().range(at..at + 8)?;
         // SAFETY: a word of the pinned memory that lives as long as `self`; nobody else uses it
         // while `&self` is with the one who holds the group's verdict.
-        let mut to = unsafe {
-            DeviceSliceMut::from_raw(self.pinned.device_address() + 8 * READ as u64, 8)
-        };
+        let mut to =
+            unsafe { DeviceSliceMut::from_raw(self.pinned.device_address() + 8 * READ as u64, 8) };
         self.side.copy(from, &mut to)?;
         Ok(self
             .side
