@@ -72,7 +72,7 @@ impl<T: Element> Sums<T> {
     }
 
     /// Puts one rank's calls into its stream.
-    fn call(&self, rank: &mut Rank, prepared: &mut [(Message, Message)]) {
+    fn call(&self, rank: &mut Rank, prepared: &mut [(Message, Message)]) -> ringtp::Result<()> {
         for (input, output) in prepared {
             let done = if self.in_place {
                 let data = &mut input.view_mut();
@@ -82,8 +82,9 @@ impl<T: Element> Sums<T> {
                 rank.comm
                     .all_reduce_out_with(self.algorithm, T::DTYPE, input.view(), out)
             };
-            done.expect("a call");
+            done?;
         }
+        Ok(())
     }
 
     /// One rank's results.
@@ -145,10 +146,10 @@ fn on_devices<T: Element>(devices: &[usize], sums: &[Sums<T>], options: P2pOptio
     let results = run(comms, |rank| {
         let mut prepared: Vec<_> = sums.iter().map(|s| s.prepare(rank, seed)).collect();
         together.wait();
-        for (sums, prepared) in sums.iter().zip(&mut prepared) {
-            sums.call(rank, prepared);
-        }
-        let done = rank.comm.synchronize();
+        let mut each = sums.iter().zip(&mut prepared);
+        let done = each
+            .try_for_each(|(sums, prepared)| sums.call(rank, prepared))
+            .and_then(|()| rank.comm.synchronize());
         together.wait();
         done.expect("the sums");
         let each = sums.iter().zip(&prepared);
