@@ -69,7 +69,7 @@ impl Links {
     }
 
     /// Replaces it.
-    pub(crate) fn set(&mut self, from: usize, to: usize, link: Link) {
+    pub fn set(&mut self, from: usize, to: usize, link: Link) {
         self.ways[from * self.world_size + to] = link;
     }
 
