@@ -44,5 +44,246 @@ const _: () = {
     ["Offset of field: NormParams::aligned"]
         [::core::mem::offset_of!(NormParams, aligned) - 76usize];
 };
+impl Default for NormParams {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 pub const kNormParamsBytes: _bindgen_ty_3 = 80;
 pub type _bindgen_ty_3 = ::core::ffi::c_uint;
+pub const kMaxRanks: _bindgen_ty_4 = 8;
+pub const kCollectiveBlocks: _bindgen_ty_4 = 32;
+pub const kCollectiveThreads: _bindgen_ty_4 = 512;
+pub const kRingSlots: _bindgen_ty_4 = 8;
+pub const kRingMessageBytes: _bindgen_ty_4 = 16384;
+pub const kProbeBytes: _bindgen_ty_4 = 4096;
+pub type _bindgen_ty_4 = ::core::ffi::c_uint;
+pub const kReasonTimeout: _bindgen_ty_5 = 1;
+pub const kReasonAborted: _bindgen_ty_5 = 2;
+pub const kReasonGeneration: _bindgen_ty_5 = 3;
+pub const kReasonOtherCall: _bindgen_ty_5 = 4;
+pub type _bindgen_ty_5 = ::core::ffi::c_uint;
+pub const kStepBarrier: _bindgen_ty_6 = 1;
+pub const kStepRingMessage: _bindgen_ty_6 = 2;
+pub const kStepRingCredit: _bindgen_ty_6 = 3;
+pub type _bindgen_ty_6 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct CollectiveRecord {
+    pub complete: u64,
+    pub reason: u32,
+    pub step: u32,
+    pub block: u32,
+    pub peer: u32,
+    pub epoch: u64,
+    pub seen: u64,
+    pub waited: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CollectiveRecord"][::core::mem::size_of::<CollectiveRecord>() - 48usize];
+    ["Alignment of CollectiveRecord"][::core::mem::align_of::<CollectiveRecord>() - 8usize];
+    ["Offset of field: CollectiveRecord::complete"]
+        [::core::mem::offset_of!(CollectiveRecord, complete) - 0usize];
+    ["Offset of field: CollectiveRecord::reason"]
+        [::core::mem::offset_of!(CollectiveRecord, reason) - 8usize];
+    ["Offset of field: CollectiveRecord::step"]
+        [::core::mem::offset_of!(CollectiveRecord, step) - 12usize];
+    ["Offset of field: CollectiveRecord::block"]
+        [::core::mem::offset_of!(CollectiveRecord, block) - 16usize];
+    ["Offset of field: CollectiveRecord::peer"]
+        [::core::mem::offset_of!(CollectiveRecord, peer) - 20usize];
+    ["Offset of field: CollectiveRecord::epoch"]
+        [::core::mem::offset_of!(CollectiveRecord, epoch) - 24usize];
+    ["Offset of field: CollectiveRecord::seen"]
+        [::core::mem::offset_of!(CollectiveRecord, seen) - 32usize];
+    ["Offset of field: CollectiveRecord::waited"]
+        [::core::mem::offset_of!(CollectiveRecord, waited) - 40usize];
+};
+pub const kCollectiveRecordBytes: _bindgen_ty_7 = 48;
+pub type _bindgen_ty_7 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct CollectiveControl {
+    pub generation: u64,
+    pub deadline_ns: u64,
+    pub rank: u32,
+    pub world_size: u32,
+    pub reachable: u32,
+    pub ring_position: u32,
+    pub ring: [u32; 8usize],
+    pub arenas: [u64; 8usize],
+    pub staging_bytes: u64,
+    pub record: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CollectiveControl"][::core::mem::size_of::<CollectiveControl>() - 144usize];
+    ["Alignment of CollectiveControl"][::core::mem::align_of::<CollectiveControl>() - 8usize];
+    ["Offset of field: CollectiveControl::generation"]
+        [::core::mem::offset_of!(CollectiveControl, generation) - 0usize];
+    ["Offset of field: CollectiveControl::deadline_ns"]
+        [::core::mem::offset_of!(CollectiveControl, deadline_ns) - 8usize];
+    ["Offset of field: CollectiveControl::rank"]
+        [::core::mem::offset_of!(CollectiveControl, rank) - 16usize];
+    ["Offset of field: CollectiveControl::world_size"]
+        [::core::mem::offset_of!(CollectiveControl, world_size) - 20usize];
+    ["Offset of field: CollectiveControl::reachable"]
+        [::core::mem::offset_of!(CollectiveControl, reachable) - 24usize];
+    ["Offset of field: CollectiveControl::ring_position"]
+        [::core::mem::offset_of!(CollectiveControl, ring_position) - 28usize];
+    ["Offset of field: CollectiveControl::ring"]
+        [::core::mem::offset_of!(CollectiveControl, ring) - 32usize];
+    ["Offset of field: CollectiveControl::arenas"]
+        [::core::mem::offset_of!(CollectiveControl, arenas) - 64usize];
+    ["Offset of field: CollectiveControl::staging_bytes"]
+        [::core::mem::offset_of!(CollectiveControl, staging_bytes) - 128usize];
+    ["Offset of field: CollectiveControl::record"]
+        [::core::mem::offset_of!(CollectiveControl, record) - 136usize];
+};
+pub const kCollectiveControlBytes: _bindgen_ty_8 = 144;
+pub type _bindgen_ty_8 = ::core::ffi::c_uint;
+#[repr(C)]
+#[repr(align(128))]
+#[derive(Debug, Copy, Clone)]
+pub struct CollectiveArena {
+    pub control: CollectiveControl,
+    pub __bindgen_padding_0: [u64; 14usize],
+    pub abort: u64,
+    pub recorded: u64,
+    pub probe_flags: [u64; 8usize],
+    pub __bindgen_padding_1: [u64; 6usize],
+    pub epochs: [u64; 32usize],
+    pub barrier: [[u64; 8usize]; 32usize],
+    pub sources: [[[u64; 8usize]; 32usize]; 2usize],
+    pub ring_sent: [u64; 32usize],
+    pub ring_read: [u64; 32usize],
+    pub probe: [[u8; 4096usize]; 8usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CollectiveArena"][::core::mem::size_of::<CollectiveArena>() - 40064usize];
+    ["Alignment of CollectiveArena"][::core::mem::align_of::<CollectiveArena>() - 128usize];
+    ["Offset of field: CollectiveArena::control"]
+        [::core::mem::offset_of!(CollectiveArena, control) - 0usize];
+    ["Offset of field: CollectiveArena::abort"]
+        [::core::mem::offset_of!(CollectiveArena, abort) - 256usize];
+    ["Offset of field: CollectiveArena::recorded"]
+        [::core::mem::offset_of!(CollectiveArena, recorded) - 264usize];
+    ["Offset of field: CollectiveArena::probe_flags"]
+        [::core::mem::offset_of!(CollectiveArena, probe_flags) - 272usize];
+    ["Offset of field: CollectiveArena::epochs"]
+        [::core::mem::offset_of!(CollectiveArena, epochs) - 384usize];
+    ["Offset of field: CollectiveArena::barrier"]
+        [::core::mem::offset_of!(CollectiveArena, barrier) - 640usize];
+    ["Offset of field: CollectiveArena::sources"]
+        [::core::mem::offset_of!(CollectiveArena, sources) - 2688usize];
+    ["Offset of field: CollectiveArena::ring_sent"]
+        [::core::mem::offset_of!(CollectiveArena, ring_sent) - 6784usize];
+    ["Offset of field: CollectiveArena::ring_read"]
+        [::core::mem::offset_of!(CollectiveArena, ring_read) - 7040usize];
+    ["Offset of field: CollectiveArena::probe"]
+        [::core::mem::offset_of!(CollectiveArena, probe) - 7296usize];
+};
+impl Default for CollectiveArena {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+pub const kCollectiveArenaBytes: _bindgen_ty_9 = 40064;
+pub type _bindgen_ty_9 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct CollectiveArgs {
+    pub arena: u64,
+    pub input: u64,
+    pub output: u64,
+    pub elements: u64,
+    pub direct: u32,
+    pub tag: u32,
+    pub root: u32,
+    pub reserved: u32,
+    pub rows: u64,
+    pub widths: [u64; 8usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CollectiveArgs"][::core::mem::size_of::<CollectiveArgs>() - 120usize];
+    ["Alignment of CollectiveArgs"][::core::mem::align_of::<CollectiveArgs>() - 8usize];
+    ["Offset of field: CollectiveArgs::arena"]
+        [::core::mem::offset_of!(CollectiveArgs, arena) - 0usize];
+    ["Offset of field: CollectiveArgs::input"]
+        [::core::mem::offset_of!(CollectiveArgs, input) - 8usize];
+    ["Offset of field: CollectiveArgs::output"]
+        [::core::mem::offset_of!(CollectiveArgs, output) - 16usize];
+    ["Offset of field: CollectiveArgs::elements"]
+        [::core::mem::offset_of!(CollectiveArgs, elements) - 24usize];
+    ["Offset of field: CollectiveArgs::direct"]
+        [::core::mem::offset_of!(CollectiveArgs, direct) - 32usize];
+    ["Offset of field: CollectiveArgs::tag"]
+        [::core::mem::offset_of!(CollectiveArgs, tag) - 36usize];
+    ["Offset of field: CollectiveArgs::root"]
+        [::core::mem::offset_of!(CollectiveArgs, root) - 40usize];
+    ["Offset of field: CollectiveArgs::reserved"]
+        [::core::mem::offset_of!(CollectiveArgs, reserved) - 44usize];
+    ["Offset of field: CollectiveArgs::rows"]
+        [::core::mem::offset_of!(CollectiveArgs, rows) - 48usize];
+    ["Offset of field: CollectiveArgs::widths"]
+        [::core::mem::offset_of!(CollectiveArgs, widths) - 56usize];
+};
+pub const kCollectiveArgsBytes: _bindgen_ty_10 = 120;
+pub type _bindgen_ty_10 = ::core::ffi::c_uint;
+pub const kProbeUntried: _bindgen_ty_11 = 0;
+pub const kProbeRight: _bindgen_ty_11 = 1;
+pub const kProbeMissing: _bindgen_ty_11 = 2;
+pub const kProbeDamaged: _bindgen_ty_11 = 3;
+pub type _bindgen_ty_11 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct ProbeResult {
+    pub written: u32,
+    pub read: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ProbeResult"][::core::mem::size_of::<ProbeResult>() - 8usize];
+    ["Alignment of ProbeResult"][::core::mem::align_of::<ProbeResult>() - 4usize];
+    ["Offset of field: ProbeResult::written"]
+        [::core::mem::offset_of!(ProbeResult, written) - 0usize];
+    ["Offset of field: ProbeResult::read"][::core::mem::offset_of!(ProbeResult, read) - 4usize];
+};
+pub const kProbeResultBytes: _bindgen_ty_12 = 8;
+pub type _bindgen_ty_12 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct ProbeArgs {
+    pub arena: u64,
+    pub results: u64,
+    pub nonce: u64,
+    pub deadline_ns: u64,
+    pub reaches: u32,
+    pub reached_by: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ProbeArgs"][::core::mem::size_of::<ProbeArgs>() - 40usize];
+    ["Alignment of ProbeArgs"][::core::mem::align_of::<ProbeArgs>() - 8usize];
+    ["Offset of field: ProbeArgs::arena"][::core::mem::offset_of!(ProbeArgs, arena) - 0usize];
+    ["Offset of field: ProbeArgs::results"][::core::mem::offset_of!(ProbeArgs, results) - 8usize];
+    ["Offset of field: ProbeArgs::nonce"][::core::mem::offset_of!(ProbeArgs, nonce) - 16usize];
+    ["Offset of field: ProbeArgs::deadline_ns"]
+        [::core::mem::offset_of!(ProbeArgs, deadline_ns) - 24usize];
+    ["Offset of field: ProbeArgs::reaches"][::core::mem::offset_of!(ProbeArgs, reaches) - 32usize];
+    ["Offset of field: ProbeArgs::reached_by"]
+        [::core::mem::offset_of!(ProbeArgs, reached_by) - 36usize];
+};
+pub const kProbeArgsBytes: _bindgen_ty_13 = 40;
+pub type _bindgen_ty_13 = ::core::ffi::c_uint;
