@@ -8,12 +8,37 @@ use ringtp::backend::cuda::abi;
 #[test]
 fn structs_have_the_sizes_that_abi_h_states() {
     assert_eq!(size_of::<abi::NormParams>(), abi::kNormParamsBytes as usize);
+    assert_eq!(
+        size_of::<abi::CollectiveRecord>(),
+        abi::kCollectiveRecordBytes as usize
+    );
+    assert_eq!(
+        size_of::<abi::CollectiveControl>(),
+        abi::kCollectiveControlBytes as usize
+    );
+    assert_eq!(
+        size_of::<abi::CollectiveArena>(),
+        abi::kCollectiveArenaBytes as usize
+    );
+    assert_eq!(
+        size_of::<abi::CollectiveArgs>(),
+        abi::kCollectiveArgsBytes as usize
+    );
+    assert_eq!(
+        size_of::<abi::ProbeResult>(),
+        abi::kProbeResultBytes as usize
+    );
+    assert_eq!(size_of::<abi::ProbeArgs>(), abi::kProbeArgsBytes as usize);
 }
 
 /// Every struct states its size, and every stated size is checked above.
 #[test]
 fn no_struct_is_left_out() {
-    let header = include_str!("../cuda/abi.h");
+    let header = [
+        include_str!("../cuda/abi.h"),
+        include_str!("../cuda/collective/abi.h"),
+    ]
+    .join("\n");
     let here = include_str!("cuda_abi.rs");
     let structs = header
         .lines()
@@ -23,7 +48,7 @@ fn no_struct_is_left_out() {
         count += 1;
         assert!(
             header.contains(&format!("RINGTP_ABI_SIZE({name}, ")),
-            "{name} in cuda/abi.h"
+            "{name} in its header"
         );
         assert!(
             here.contains(&format!("size_of::<abi::{name}>()")),
