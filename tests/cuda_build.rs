@@ -3,6 +3,7 @@
 #[path = "../build/targets.rs"]
 mod targets;
 
+#[cfg(feature = "cuda")]
 use std::path::Path;
 
 use targets::{Targets, parse_dependencies, parse_list, parse_release};
