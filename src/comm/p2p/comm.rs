@@ -435,9 +435,9 @@ impl P2pComm {
     /// Makes the group usable again after a failure. Every rank calls it (a lost one through a
     /// handle from [`P2pGroup::rejoin`](super::P2pGroup::rejoin)); it returns when all have.
     ///
-    /// Nothing of the old generation runs then: each rank waits for its stream first, without
-    /// bound only in name ([`P2pOptions`](super::P2pOptions)). Flags, epochs and staging begin
-    /// anew; captured graphs stay good.
+    /// Nothing of the old generation runs then: each rank waits for its stream first, for at most
+    /// twice the deadline and [`P2pOptions::drain`](super::P2pOptions::drain). Flags and epochs
+    /// begin anew; captured graphs stay good.
     ///
     /// # Errors
     /// [`CommError::RankFailed`], which names the ranks that did not come within the deadline: it
