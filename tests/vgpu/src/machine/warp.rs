@@ -116,6 +116,9 @@ pub struct Warp {
     pub(super) priority: u64,
     /// Give the turn back at every backward jump: for those who watch for repetition.
     pub(super) stop_at_back_jump: bool,
+    /// Nobody can go on until a sleeper wakes or a barrier opens, though some wait for others of
+    /// their warp.
+    stalled: bool,
     groups: Vec<Group>,
     frames: Vec<Option<Box<Frame>>>,
     back_jumps: u32,
@@ -152,6 +155,7 @@ impl Warp {
             rest_until: 0,
             priority: 0,
             stop_at_back_jump: false,
+            stalled: false,
             groups: vec![Group {
                 pc: 0,
                 frame: 0,
@@ -188,7 +192,8 @@ impl Warp {
         };
         for group in &self.groups {
             match group.wait {
-                Wait::No | Wait::Lanes => return ready,
+                Wait::No => return ready,
+                Wait::Lanes if !self.stalled => return ready,
                 Wait::Until(time) if time <= now => return ready,
                 Wait::Until(time) => {
                     state = match state {
@@ -196,7 +201,7 @@ impl Warp {
                         _ => WarpState::Asleep(time),
                     }
                 }
-                Wait::Barrier(_) => {
+                Wait::Lanes | Wait::Barrier(_) => {
                     if state == WarpState::Done {
                         state = WarpState::Blocked;
                     }
@@ -267,6 +272,7 @@ impl Warp {
         budget: u32,
     ) -> Result<u32, Fault> {
         let mut left = budget;
+        self.stalled = false;
         while left > 0 {
             for group in &mut self.groups {
                 if matches!(group.wait, Wait::Until(time) if time <= world.now) {
@@ -278,6 +284,7 @@ impl Warp {
                 None if self.groups.iter().any(|g| g.wait == Wait::Lanes) => {
                     // Whoever could still come is here, asleep, or at a barrier of the block.
                     if !self.meet(launch, block, world)? {
+                        self.stalled = true;
                         break;
                     }
                 }

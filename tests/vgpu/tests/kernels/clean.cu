@@ -318,6 +318,22 @@ KERNEL spinner(volatile int *flag, int *out) {
   *out = *flag;
 }
 
+// One lane waits for a flag that nobody writes, until its time is over; its warp, and the block,
+// wait for it at the barrier.
+KERNEL deadline(volatile int *flag, int *out, unsigned long long nanoseconds) {
+  bool late = false;
+  if (threadIdx.x == 0) {
+    unsigned long long start, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start)::"memory");
+    while (*flag == 0 && !late) {
+      asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+      late = now - start > nanoseconds;
+      __nanosleep(1000);
+    }
+  }
+  out[threadIdx.x] = __syncthreads_or(late) != 0;
+}
+
 KERNEL early_exit(int *out, int n) {
   if (threadIdx.x >= n) return;
   out[threadIdx.x] = 1;

@@ -478,6 +478,19 @@ fn a_spinner_is_released_by_a_later_copy_of_the_host() {
     }
 }
 
+/// The rest of its warp waits for the sleeper, which is no deadlock: time brings it back.
+#[test]
+fn a_lane_that_sleeps_until_its_deadline_brings_its_block_on() {
+    let out: Vec<i32> = on_seeds(SEEDS, |gpu| {
+        let (flag, out) = (gpu.put(&[0i32]), gpu.room(4 * 96));
+        // A millisecond, in a word as wide as a pointer.
+        let args = [flag, out, Arg::Pointer(1_000_000)];
+        clean(gpu, "deadline", [1, 1, 1], 96, 0, &args);
+        gpu.get(out, 96)
+    });
+    assert_eq!(out, [1; 96]);
+}
+
 #[test]
 fn the_speed_kernel_is_clean_and_its_rate_is_printed() {
     let module = compile("clean.cu");
