@@ -27,7 +27,14 @@ fn numbers(value: &Value) -> Vec<u64> {
 fn help_names_every_option_and_the_exit_codes() {
     let help = run(&["--help"]);
     let text = done(&help);
-    for word in ["generate", "logits", "shards", "Exit codes", "2 bad input"] {
+    for word in [
+        "generate",
+        "logits",
+        "shards",
+        "doctor",
+        "Exit codes",
+        "2 bad input",
+    ] {
         assert!(text.contains(word), "{word} is not in {text}");
     }
     let help = run(&["generate", "--help"]);
@@ -349,4 +356,12 @@ fn an_error_that_cannot_be_told_still_has_its_exit_code() {
         .status()
         .expect("ringtp starts");
     assert_eq!(status.code(), Some(2));
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn doctor_of_a_program_without_cuda_says_what_to_build() {
+    let ran = run(&["doctor"]);
+    assert_eq!(ran.code, 1, "{}", ran.stderr);
+    assert!(ran.stdout.contains("--features cuda"), "{}", ran.stdout);
 }

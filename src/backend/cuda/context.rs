@@ -86,6 +86,12 @@ impl Context {
         Ok(version)
     }
 
+    /// Whether the driver is this project's virtual GPU (`tests/vgpu`), whose clock measures
+    /// nothing.
+    pub fn is_virtual() -> bool {
+        sys::is_virtual()
+    }
+
     /// The primary context of device `ordinal`, counted from 0.
     ///
     /// # Errors

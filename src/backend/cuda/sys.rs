@@ -118,6 +118,11 @@ fn look_up(name: &CStr, version: i32) -> Option<*mut c_void> {
     (code == CUresult::CUDA_SUCCESS && !address.is_null()).then_some(address)
 }
 
+/// Whether the driver is this project's virtual GPU, which counts and takes no time.
+pub(crate) fn is_virtual() -> bool {
+    look_up(c"vgpuTakeFindings", 12_040).is_some()
+}
+
 /// The optional calls, looked up once: they depend on the driver alone, which a process has one of.
 pub(crate) fn optional() -> &'static Optional {
     static OPTIONAL: OnceLock<Optional> = OnceLock::new();

@@ -1,5 +1,6 @@
 //! The arguments of the command line.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -31,6 +32,8 @@ pub(crate) enum Command {
     Logits(LogitsArgs),
     /// Show which slice of which tensor each rank holds, and check that they fit together
     Shards(ShardsArgs),
+    /// Look at the CUDA devices and the links between them, and test every link
+    Doctor(DoctorArgs),
 }
 
 /// Continue prompts.
@@ -347,6 +350,64 @@ pub(crate) struct ShardsArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Look at the CUDA devices and the links between them.
+///
+/// Prints the driver, the devices, what the driver says of every link, and whether it holds:
+/// kernels on all devices write to each other, wait for what they write and read it back. Then
+/// the order of the ring, the all-reduce for each size and why not the others, and, on real
+/// devices, the bandwidth of copies. All of it happens in a process of its own, which is given
+/// up after --timeout. Needs a binary built with --features cuda.
+///
+/// Exit codes: 0 if a group of these devices can work, 1 if not, or if it could not be found out.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// The device of each rank, as the driver counts them; may repeat [default: the first 8]
+    #[arg(long, value_name = "0,1,..")]
+    pub(crate) devices: Option<Devices>,
+    /// How many seconds a kernel waits for what another device writes
+    #[arg(id = "probe", long = "probe-seconds", allow_negative_numbers = true, value_name = "SECONDS", default_value = "2", value_parser = deadline)]
+    pub(crate) probe: Duration,
+    /// After how many seconds to give up
+    #[arg(long, allow_negative_numbers = true, value_name = "SECONDS", default_value = "120", value_parser = deadline)]
+    pub(crate) timeout: Duration,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Calls the driver in this process and prints each step as it is done, as JSON
+    #[arg(long, hide = true)]
+    pub(crate) in_this_process: bool,
+}
+
+/// Devices by number, separated by commas; at least one.
+#[derive(Clone, Debug)]
+pub(crate) struct Devices(pub(crate) Vec<usize>);
+
+impl FromStr for Devices {
+    type Err = String;
+
+    fn from_str(list: &str) -> Result<Self, String> {
+        let parse = |device: &str| {
+            device.trim().parse().map_err(|_| {
+                format!(
+                    "expected numbers of devices with commas between, as 0,1, found {device:?}; \
+                     nvidia-smi lists them"
+                )
+            })
+        };
+        list.split(',')
+            .map(parse)
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+}
+
+impl fmt::Display for Devices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let numbers: Vec<_> = self.0.iter().map(usize::to_string).collect();
+        f.write_str(&numbers.join(","))
+    }
 }
 
 /// A storage type, or `None` for the checkpoint's.

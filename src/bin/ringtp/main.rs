@@ -1,13 +1,15 @@
 //! The command line.
 //!
-//! Exit codes: 0 done, 1 something failed while running, 2 bad input. Results go to standard
+//! Exit codes: 0 done, 1 something failed while running (or is not well, for `doctor`), 2 bad input. Results go to standard
 //! output, everything else to standard error; a reader that goes away ends the program quietly.
 
 mod args;
+mod doctor;
 mod generate;
 mod logits;
 mod progress;
 mod shards;
+mod table;
 
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
@@ -46,16 +48,18 @@ fn main() -> ExitCode {
     // Usage errors are clap's: a line on standard error, exit code 2.
     let matches = Cli::command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let done = |()| ExitCode::SUCCESS;
     let result = match (&cli.command, matches.subcommand()) {
         (Command::Generate(args), Some((_, matches))) => {
-            generate::generate(args, &args.prompts.in_order(matches))
+            generate::generate(args, &args.prompts.in_order(matches)).map(done)
         }
-        (Command::Generate(args), None) => generate::generate(args, &[]),
-        (Command::Logits(args), _) => logits::logits(args),
-        (Command::Shards(args), _) => shards::shards(args),
+        (Command::Generate(args), None) => generate::generate(args, &[]).map(done),
+        (Command::Logits(args), _) => logits::logits(args).map(done),
+        (Command::Shards(args), _) => shards::shards(args).map(done),
+        (Command::Doctor(args), _) => doctor::doctor(args),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(Failure::Output(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(Failure::Output(error)) => {
             tell(&format!(

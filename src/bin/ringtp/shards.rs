@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::Failure;
 use crate::args::ShardsArgs;
+use crate::table::{Side, table};
 
 pub(crate) fn shards(args: &ShardsArgs) -> Result<(), Failure> {
     let checkpoint = Checkpoint::open(&args.model)?;
@@ -19,7 +20,7 @@ pub(crate) fn shards(args: &ShardsArgs) -> Result<(), Failure> {
     check(&plan, &checkpoint)?;
     let text = match args.json {
         true => format!("{}\n", to_json(&plan, dtype)),
-        false => table(&plan, dtype),
+        false => to_text(&plan, dtype),
     };
     let mut out = stdout().lock();
     out.write_all(text.as_bytes())?;
@@ -185,7 +186,7 @@ fn to_json(plan: &ShardPlan, dtype: DType) -> Value {
     })
 }
 
-fn table(plan: &ShardPlan, dtype: DType) -> String {
+fn to_text(plan: &ShardPlan, dtype: DType) -> String {
     let mut rows = vec![["tensor", "shape", "rank", "slice", "bytes"].map(String::from)];
     for tensor in plan.tensors() {
         for rank in 0..plan.tp() {
@@ -204,15 +205,8 @@ fn table(plan: &ShardPlan, dtype: DType) -> String {
             ]);
         }
     }
-    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let widths = [width(0), width(1), width(2), width(3), width(4)];
-    let mut out = String::new();
-    for [name, shape, rank, slice, bytes] in &rows {
-        let [w0, w1, w2, w3, w4] = widths;
-        out.push_str(&format!(
-            "{name:w0$}  {shape:w1$}  {rank:>w2$}  {slice:w3$}  {bytes:>w4$}\n"
-        ));
-    }
+    use Side::{Left, Right};
+    let mut out = table([Left, Left, Right, Left, Right], &rows);
     out.push('\n');
     for rank in 0..plan.tp() {
         let bytes = rank_bytes(plan, rank, dtype);

@@ -373,7 +373,7 @@ impl Shared {
 /// How long to wait for a rank's kernels to leave after all have been told.
 const SETTLE: Duration = Duration::from_secs(1);
 
-fn contexts(devices: &[usize]) -> Result<Vec<Context>> {
+pub(super) fn contexts(devices: &[usize]) -> Result<Vec<Context>> {
     let mut made: BTreeMap<usize, Context> = BTreeMap::new();
     devices
         .iter()

@@ -7,6 +7,7 @@
 //! | [`P2pComm`] | one rank's handle: the collectives, put into its stream |
 //! | [`DeviceAllReduce`], [`ALL`] | all-reduce algorithms as values: [`OneShot`], [`TwoShot`], [`Ring`] |
 //! | [`choose`] | the choice by size and links, and why not the others |
+//! | [`Survey`] | devices and links as the driver has them, before a group is made |
 //!
 //! What holds for [`CpuComm`](super::CpuComm) holds here: the same sums to the bit (rank order, f32,
 //! rounded once, -0 as +0; the ring by hops), deadlines, errors that name the culprit, rebuild. The
@@ -44,9 +45,11 @@ mod diagnosis;
 mod group;
 mod probe;
 mod rank_device;
+mod survey;
 
 pub use algorithm::{
     ALL, Choice, DeviceAllReduce, Image, OneShot, Reach, Refusal, Ring, TwoShot, by_name, choose,
 };
 pub use comm::P2pComm;
 pub use group::{MAX_BLOCKS, MAX_RANKS, P2pGroup, P2pOptions};
+pub use survey::Survey;
