@@ -1,7 +1,7 @@
 //! The instructions that approximate. They are correctly rounded here, unless the machine is
 //! told to disturb them: then a result lies anywhere within the error that the PTX ISA allows
-//! (version 8.7, section "Floating-Point Instructions"), always the same place for the same
-//! operand and seed, as a table in hardware has it. What depends on more than the ISA promises
+//! (version 9.1, sections 9.7.3 and 9.7.4), always the same place for the same operand and seed,
+//! as a table in hardware has it. What depends on more than the ISA promises
 //! shows as a difference between seeds.
 
 use super::super::expect_operands;
@@ -35,7 +35,8 @@ fn function(opcode: &str) -> Option<Function> {
 /// The largest error of a result that the ISA states.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Error {
-    /// In units of the last place.
+    /// In units of the last place. Of the exact result, which keeps within as many units of the
+    /// rounded one too.
     Ulps(f64),
     Relative(f64),
     Absolute(f64),
@@ -43,28 +44,45 @@ enum Error {
     None,
 }
 
-/// The error of an instruction's result for an operand.
+/// The error of an instruction's result for an operand, with the section of the PTX ISA that
+/// states it.
 fn error(opcode: &str, format: Format, x: f64) -> Error {
     use std::f64::consts::PI;
     match (opcode, format) {
+        // 9.7.3.13, over the full range.
         ("rcp", rounding::F32) => Error::Ulps(1.0),
-        ("div", rounding::F32) => Error::Ulps(2.0),
+        // 9.7.3.15 and 9.7.3.16, over all positive finite numbers.
         ("sqrt", rounding::F32) => Error::Relative(2f64.powi(-23)),
         ("rsqrt", rounding::F32) => Error::Relative(2f64.powf(-22.9)),
+        // 9.7.3.18 and 9.7.3.19; beyond 100 pi nothing is promised.
         ("sin" | "cos", rounding::F32) if x.abs() <= 2.0 * PI => Error::Absolute(2f64.powf(-20.5)),
         ("sin" | "cos", rounding::F32) if x.abs() <= 100.0 * PI => {
             Error::Absolute(2f64.powf(-14.7))
         }
+        // 9.7.3.20
         ("lg2", rounding::F32) if x > 0.5 && x < 2.0 => Error::Absolute(2f64.powi(-22)),
         ("lg2", rounding::F32) => Error::Relative(2f64.powi(-22)),
-        ("ex2", rounding::F32) => Error::Relative(2f64.powi(-22)),
-        ("ex2", rounding::F16) => Error::Relative(2f64.powf(-9.9)),
-        ("ex2", rounding::BF16) => Error::Relative(2f64.powi(-7)),
+        // 9.7.3.21, from the correctly rounded result. (Older versions had 2^-22, relative.)
+        ("ex2", rounding::F32) => Error::Ulps(2.0),
+        // 9.7.3.22
         ("tanh", rounding::F32) => Error::Relative(2f64.powi(-11)),
+        // 9.7.4.9
         ("tanh", rounding::F16) => Error::Absolute(2f64.powf(-10.987)),
         ("tanh", rounding::BF16) => Error::Absolute(2f64.powi(-8)),
+        // 9.7.4.10
+        ("ex2", rounding::F16) => Error::Relative(2f64.powf(-9.9)),
+        ("ex2", rounding::BF16) => Error::Relative(2f64.powi(-7)),
         _ => Error::None,
     }
+}
+
+/// The error of a quotient (9.7.3.8): of `div.full` over the full range, of `div.approx` for
+/// divisors that have a normal reciprocal.
+fn division_error(approx: bool, divisor: f32) -> Error {
+    if approx && divisor.abs() < f32::MIN_POSITIVE {
+        return Error::None;
+    }
+    Error::Ulps(2.0)
 }
 
 /// A number from -1 to 1 that depends on all of these.
@@ -199,17 +217,14 @@ pub(super) fn div(i: &Instruction, f: &mut Lowering, mode: Mode) -> Result<Actio
             {
                 let bits = [x.to_bits().into(), y.to_bits().into()];
                 let place = somewhere(seed, "div", bits);
-                let error = error("div", rounding::F32, x.into());
+                let error = division_error(mode.approx, y);
                 let exact = f64::from(x) / f64::from(y);
                 quotient = disturbed(exact, error, rounding::F32, place) as f32;
             }
-            // `.approx` multiplies by a reciprocal that is no longer a normal number then.
-            if disturb.is_some() && mode.approx && y.is_finite() && y.abs() > 2f32.powi(126) {
-                quotient = if x.is_infinite() {
-                    f32::NAN
-                } else {
-                    0f32.copysign(quotient)
-                };
+            // `.approx` multiplies by a reciprocal, which here is no normal number and gives way to
+            // a zero, as the ISA has it (9.7.3.8).
+            if mode.approx && y.is_finite() && y.abs() > 2f32.powi(126) {
+                quotient = x * 0f32.copysign(y);
             }
             out[lane] = mode.output(quotient).to_bits();
         }
