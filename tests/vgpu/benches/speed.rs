@@ -124,7 +124,9 @@ fn gemv(gpu: &mut Gpu) -> f64 {
 
 fn histogram(gpu: &mut Gpu) -> f64 {
     let n = 1 << 17;
-    let x: Vec<u8> = (0..n).map(|i| (i * i / 7 % 256) as u8).collect();
+    let x: Vec<u8> = (0..n)
+        .map(|i: i32| (i.wrapping_mul(i) / 7 % 256) as u8)
+        .collect();
     let (bins, at) = (gpu.put(&[0i32; 256]), gpu.put(&x));
     let args = [bins, at, Arg::Int(n)];
     let seconds = launch(gpu, "histogram", [16, 1, 1], 256, &args);

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::finding::{Fault, Finding, Kind};
 use crate::machine::{Config, Cx, Polled, World};
-use crate::race::{Agent, Conflict, FlagAccess, Race, StreamClock};
+use crate::race::{Agent, Conflict, FlagAccess, Memo, Race, Row, StreamClock};
 use crate::registers::{LANES, lanes};
 
 /// The first address of device 0.
@@ -549,8 +549,10 @@ fn check_race(
         launch: &cx.launch.clock,
         op: cx.op.id,
         element: access.element,
+        bytes: access.bytes,
         strong: (access.order != Order::Weak).then_some(access.scope),
         non_coherent: access.non_coherent,
+        memo: Memo::default(),
     };
     let conflict = check_region(region, &mut memory.race, &mut agent, access, offset, doing);
     let address = base.unwrap_or(SHARED_WINDOW) + u64::from(offset);
@@ -625,12 +627,32 @@ fn check_region(
         conflict = conflict.or(found);
     }
     if let Some(conflict) = &mut conflict {
-        let unwritten =
-            doing != Doing::Load && region.unwritten(offset as usize, access.bytes as usize) != 0;
-        conflict.unwritten = unwritten && !conflict.other_wrote;
-        conflict.this_reads = doing != Doing::Store;
+        complete(
+            conflict,
+            region,
+            offset as usize,
+            access.bytes as usize,
+            doing,
+        );
     }
     conflict
+}
+
+/// Adds to a conflict what the memory of the race checks does not know.
+fn complete(conflict: &mut Conflict, region: &Region, at: usize, bytes: usize, doing: Doing) {
+    let unwritten = doing != Doing::Load && region.unwritten(at, bytes) != 0;
+    conflict.unwritten = unwritten && !conflict.other_wrote;
+    conflict.this_reads = doing != Doing::Store;
+}
+
+/// An access to a region that begins at `base`.
+fn row_of<'a>(access: &Access<'a>, base: u64) -> Row<'a> {
+    Row {
+        mask: access.mask,
+        addresses: access.addresses,
+        base,
+        bytes: access.bytes,
+    }
 }
 
 /// The region in which all lanes of an access lie, its first address, and whether it is the
@@ -837,7 +859,9 @@ fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
     };
     let n = access.bytes as usize;
     let mut found = None;
-    if race.is_on() {
+    if race.is_on()
+        && let Some(shadow) = &mut region.shadow
+    {
         let mut agent = Agent {
             block: cx.block.uid,
             warp: cx.warp.index,
@@ -846,17 +870,16 @@ fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
             launch: &cx.launch.clock,
             op: cx.op.id,
             element: access.element,
+            bytes: access.bytes,
             strong: None,
             non_coherent: access.non_coherent,
+            memo: Memo::default(),
         };
-        for lane in lanes(access.mask) {
-            agent.lane = lane;
-            let offset = (access.addresses[lane] - base) as u32;
-            let conflict = check_region(region, race, &mut agent, access, offset, Doing::Load);
-            if let Some(conflict) = conflict {
-                found = found.or(Some((lane, conflict)));
-            }
-        }
+        found = shadow.read_row(race, &mut agent, &row_of(access, base));
+    }
+    if let Some((lane, conflict)) = &mut found {
+        let at = (access.addresses[*lane] - base) as usize;
+        complete(conflict, region, at, n, Doing::Load);
     }
     if n >= 4 {
         let bytes = region.bytes();
@@ -915,7 +938,9 @@ fn store_together(cx: &mut Cx, access: &Access, data: &Data) -> bool {
         return false;
     };
     let mut found = None;
-    if race.is_on() {
+    if race.is_on()
+        && let Some(shadow) = &mut region.shadow
+    {
         let mut agent = Agent {
             block: cx.block.uid,
             warp: cx.warp.index,
@@ -924,20 +949,22 @@ fn store_together(cx: &mut Cx, access: &Access, data: &Data) -> bool {
             launch: &cx.launch.clock,
             op: cx.op.id,
             element: access.element,
+            bytes: access.bytes,
             strong: None,
             non_coherent: false,
+            memo: Memo::default(),
         };
-        for lane in lanes(access.mask) {
-            agent.lane = lane;
-            let offset = (access.addresses[lane] - base) as u32;
-            let conflict = check_region(region, race, &mut agent, access, offset, Doing::Store);
-            if let Some(conflict) = conflict {
-                found = found.or(Some((lane, conflict)));
-            }
-            if !region.flags.is_empty() {
+        found = shadow.write_row(race, &mut agent, &row_of(access, base));
+        if !region.flags.is_empty() {
+            for lane in lanes(access.mask) {
+                let offset = (access.addresses[lane] - base) as u32;
                 region.flags.forget(offset, offset + access.bytes);
             }
         }
+    }
+    if let Some((lane, conflict)) = &mut found {
+        let at = (access.addresses[*lane] - base) as usize;
+        complete(conflict, region, at, n, Doing::Store);
     }
     let mut changes = 0;
     for lane in lanes(access.mask) {

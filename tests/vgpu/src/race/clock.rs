@@ -13,9 +13,10 @@ use crate::registers::{FULL, LANES, Lanes, lanes};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Epoch(pub(crate) u64);
 
-const TIME_BITS: u32 = 26;
+pub(super) const TIME_BITS: u32 = 26;
 
 impl Epoch {
+    #[inline(always)]
     pub(super) fn new(block: u64, warp: u32, lane: usize, time: u32) -> Self {
         let time = u64::from(time).min((1 << TIME_BITS) - 1);
         Self(
@@ -26,22 +27,27 @@ impl Epoch {
         )
     }
 
+    #[inline(always)]
     pub(super) fn with_lane(self, lane: usize) -> Self {
         Self(self.0 | (lane as u64) << TIME_BITS)
     }
 
+    #[inline(always)]
     pub(super) fn block(self) -> u64 {
         self.0 >> 36
     }
 
+    #[inline(always)]
     pub(super) fn warp(self) -> u32 {
         (self.0 >> 31) as u32 & 31
     }
 
+    #[inline(always)]
     pub(super) fn lane(self) -> usize {
         (self.0 >> TIME_BITS) as usize & 31
     }
 
+    #[inline(always)]
     pub(super) fn time(self) -> u32 {
         self.0 as u32 & ((1 << TIME_BITS) - 1)
     }
@@ -52,8 +58,15 @@ impl Epoch {
     }
 
     /// The thread, without its time.
+    #[inline(always)]
     pub(super) fn thread(self) -> u64 {
         self.0 >> TIME_BITS
+    }
+
+    /// The warp, without lane and time.
+    #[inline(always)]
+    pub(super) fn of_warp(self) -> u64 {
+        self.0 >> (TIME_BITS + 5)
     }
 }
 
@@ -76,14 +89,17 @@ impl Knowledge {
         }
     }
 
-    /// Whether it tells of an access.
-    #[inline(always)]
-    pub(super) fn knows(&self, epoch: Epoch) -> bool {
+    /// How far it knows of the lanes of an access's warp.
+    pub(super) fn of_warp(&self, epoch: Epoch) -> Option<&Lanes> {
         let found = self.blocks.binary_search_by_key(&epoch.block(), |b| b.0);
-        let warps = found.ok().map(|at| &self.blocks[at].1);
-        warps
-            .and_then(|w| w.get(epoch.warp() as usize))
-            .is_some_and(|times| times[epoch.lane()] > epoch.time())
+        let warps = &self.blocks[found.ok()?].1;
+        warps.get(epoch.warp() as usize)
+    }
+
+    /// Whether it tells of an access.
+    pub(super) fn knows(&self, epoch: Epoch) -> bool {
+        let warp = self.of_warp(epoch);
+        warp.is_some_and(|times| times[epoch.lane()] > epoch.time())
     }
 
     /// How many of the pieces of work of a stream.

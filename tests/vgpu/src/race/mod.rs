@@ -57,11 +57,11 @@ mod words;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-pub use agent::{Agent, Conflict};
+pub use agent::{Agent, Conflict, Memo};
 pub use clock::{Epoch, Knowledge, StreamClock, WarpClock, barrier, warp_sync};
 pub use history::{FlagAccess, Flags, Stale};
 pub use order::{Fence, fence};
-pub use shadow::{Cell, Shadow};
+pub use shadow::{Cell, Row, Shadow};
 pub use words::Notes;
 
 use rustc_hash::FxHashMap;
@@ -70,20 +70,31 @@ use crate::finding::{Place, Thread};
 use crate::machine::{Block, Launch};
 use crate::memory::{self, Order, Scope};
 
-/// What memory keeps of an operation that touched it, in one word: the operation's number,
-/// whether it is anything but a plain access (strong, or through the non-coherent path: then
-/// [`Race`] knows the rest), and which bytes of the word it touched (4 bits).
+/// What memory keeps of an operation that touched it, in one word: the operation's number (25
+/// bits), how many words of memory a lane accesses at once (its logarithm, 2 bits), whether it is
+/// anything but a plain access (strong, or through the non-coherent path: then [`Race`] knows the
+/// rest), and which bytes of the word it touched (4 bits).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Touch(u32);
 
 impl Touch {
+    /// Bits of the number of an operation.
+    pub(crate) const OP_BITS: u32 = 25;
+
     #[inline(always)]
-    fn new(op: u32, special: bool, bytes: u8) -> Self {
-        Self(op << 5 | u32::from(special) << 4 | u32::from(bytes))
+    fn new(op: u32, access: u32, special: bool, bytes: u8) -> Self {
+        let words = (access >> 2 | 1).ilog2();
+        Self(op << 7 | words << 5 | u32::from(special) << 4 | u32::from(bytes))
     }
 
+    #[inline(always)]
     fn op(self) -> u32 {
-        self.0 >> 5
+        self.0 >> 7
+    }
+
+    /// The logarithm of the words that a lane accessed.
+    fn words(self) -> u32 {
+        self.0 >> 5 & 3
     }
 
     #[inline(always)]
@@ -368,8 +379,13 @@ impl Race {
 
     /// Whether what came through flags tells of an access.
     fn knows_through(&self, known: &Knowledge, epoch: Epoch) -> bool {
+        known.knows(epoch) || self.knows_stream(known, epoch)
+    }
+
+    /// Whether it tells of the whole piece of work of which an access is part.
+    fn knows_stream(&self, known: &Knowledge, epoch: Epoch) -> bool {
         let actor = &self.actors[epoch.block() as usize];
-        known.knows(epoch) || (known.of_stream(actor.stream) >= actor.number && actor.number > 0)
+        known.of_stream(actor.stream) >= actor.number && actor.number > 0
     }
 
     /// What is missing between two accesses, in words.

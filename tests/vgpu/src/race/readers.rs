@@ -49,12 +49,31 @@ impl Reader {
     }
 }
 
-/// How far lanes are rotated: by bytes and halves, four and two lanes to a word.
+/// How far lanes are rotated: by bytes and halves, four and two lanes to a word; by vectors,
+/// several words to a lane.
 fn turn(word: u32, touch: Touch) -> u32 {
     match touch.bytes().count_ones() {
         1 => word.wrapping_mul(4),
         2 => word.wrapping_mul(2),
-        _ => word,
+        _ => word >> touch.words(),
+    }
+}
+
+/// A set of reads.
+#[derive(Debug)]
+struct Set {
+    reader: Reader,
+    /// How many there are.
+    len: u32,
+    /// Bits that stand for the reads: where a read's bit is missing, so is the read.
+    filter: u64,
+}
+
+impl Reader {
+    /// Its bit in the filter of a set.
+    fn bit(&self) -> u64 {
+        let key = u64::from(self.warp) | u64::from(self.time) << 5 | self.block << 31;
+        1 << ((key ^ u64::from(self.touch.0) << 17).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58)
     }
 }
 
@@ -63,7 +82,7 @@ fn turn(word: u32, touch: Touch) -> u32 {
 pub(super) struct Readers {
     /// Set `n` is number `n - first` here; 0 is the empty set.
     first: u32,
-    list: Vec<(Reader, u32)>,
+    list: Vec<Set>,
     numbers: FxHashMap<Reader, u32>,
     /// The last questions and their answers, by the first byte read: the next word of the row
     /// asks the same.
@@ -72,14 +91,12 @@ pub(super) struct Readers {
 
 impl Readers {
     pub(super) fn get(&self, set: u32) -> Option<&Reader> {
-        let at = set.checked_sub(self.first + 1)?;
-        self.list.get(at as usize).map(|s| &s.0)
+        self.set(set).map(|s| &s.reader)
     }
 
-    fn len(&self, set: u32) -> u32 {
-        let at = set.checked_sub(self.first + 1);
-        at.and_then(|at| self.list.get(at as usize))
-            .map_or(0, |s| s.1)
+    fn set(&self, set: u32) -> Option<&Set> {
+        let at = set.checked_sub(self.first + 1)?;
+        self.list.get(at as usize)
     }
 
     /// The set with one more read, unless it is full or has it already.
@@ -96,6 +113,31 @@ impl Readers {
     }
 
     fn find_or_add(&mut self, reader: Reader) -> u32 {
+        if let Some(&number) = self.numbers.get(&reader) {
+            return number;
+        }
+        let before = self.set(reader.before);
+        let (len, filter) = before.map_or((0, 0), |set| (set.len, set.filter));
+        if filter & reader.bit() != 0 && self.has(&reader) || len >= MOST_READERS {
+            return reader.before;
+        }
+        if self.list.len() >= MOST_SETS {
+            self.first += self.list.len() as u32;
+            self.list.clear();
+            self.numbers.clear();
+        }
+        self.list.push(Set {
+            reader,
+            len: len + 1,
+            filter: filter | reader.bit(),
+        });
+        let number = self.first + self.list.len() as u32;
+        self.numbers.insert(reader, number);
+        number
+    }
+
+    /// Whether one of the last reads before says as much.
+    fn has(&self, reader: &Reader) -> bool {
         let mut at = reader.before;
         for _ in 0..LOOK_BACK {
             let Some(other) = self.get(at) else {
@@ -104,25 +146,10 @@ impl Readers {
             let same = (other.block, other.warp, other.time, other.touch)
                 == (reader.block, reader.warp, reader.time, reader.touch);
             if same && reader.rotated & !other.rotated == 0 {
-                return reader.before;
+                return true;
             }
             at = other.before;
         }
-        if self.len(reader.before) >= MOST_READERS {
-            return reader.before;
-        }
-        if let Some(&number) = self.numbers.get(&reader) {
-            return number;
-        }
-        if self.list.len() >= MOST_SETS {
-            self.first += self.list.len() as u32;
-            self.list.clear();
-            self.numbers.clear();
-        }
-        let len = self.len(reader.before) + 1;
-        self.list.push((reader, len));
-        let number = self.first + self.list.len() as u32;
-        self.numbers.insert(reader, number);
-        number
+        false
     }
 }

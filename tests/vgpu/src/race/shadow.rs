@@ -6,11 +6,16 @@
 //! cover are a set in `readers`. Memory that one block uses keeps a last read for every warp:
 //! all its warps read the same tiles over and over, and none disturbs another's.
 
+mod lines;
+mod rows;
+
 use bytemuck::{Pod, Zeroable};
 use rustc_hash::FxHashMap;
 
+pub use rows::Row;
+
 use super::readers::Reader;
-use super::{Agent, Conflict, Epoch, HOST_OP, Race, Touch, WarpClock};
+use super::{Agent, Conflict, Epoch, HOST_OP, Memo, Race, Touch, WarpClock};
 use crate::memory::Scope;
 use crate::registers::{LANES, lanes};
 
@@ -193,7 +198,7 @@ impl Shadow {
         };
         // What comes before this read in every order needs no memory of its own.
         let covered =
-            by.0 == 0 || (before.bytes() & !bytes == 0 && agent.knows_lanes(race, by, mask));
+            by.0 == 0 || (before.bytes() & !bytes == 0 && agent.surely_knows_lanes(race, by, mask));
         let mut set = cell.reads;
         if set != 0 {
             set = agent.without_known(race, set, word, bytes);
@@ -214,7 +219,7 @@ impl Shadow {
         if conflict.is_none() {
             conflict = self.check_reads(race, agent, word, bytes);
         }
-        if conflict.is_none() && cell.reads != 0 {
+        if conflict.is_none() && !agent.is_clean(cell.reads) {
             conflict = check_set(race, agent, cell.reads, word, bytes);
         }
         self.put(word, agent.epoch().0, agent.touch(bytes), cell);
@@ -325,8 +330,10 @@ impl Shadow {
             launch: &launch,
             op: HOST_OP,
             element: 0,
+            bytes: 0,
             strong: Some(Scope::Sys),
             non_coherent: false,
+            memo: Memo::default(),
         };
         let mut conflict = None;
         for word in from / 4..to.div_ceil(4) {
@@ -363,16 +370,20 @@ fn same_read(race: &Race, mask: &mut u32, old: u32, new: Touch, lane: u32) -> bo
 /// The reads of a set, if one conflicts with a write.
 fn check_set(race: &Race, agent: &Agent, set: u32, word: u32, bytes: u8) -> Option<Conflict> {
     let mut at = set;
+    let mut clean = true;
     while let Some(reader) = race.readers.get(at) {
         at = reader.before;
-        if reader.touch.bytes() & bytes == 0 {
-            continue;
-        }
         let epoch = Epoch::new(reader.block, reader.warp, 0, reader.time);
-        let found = agent.against_reads(race, epoch, reader.lanes(word), reader.touch);
-        if found.is_some() {
-            return found;
+        if reader.touch.bytes() & bytes != 0 {
+            let found = agent.against_reads(race, epoch, reader.lanes(word), reader.touch);
+            if found.is_some() {
+                return found;
+            }
         }
+        clean &= !reader.touch.special() && agent.is_certain(epoch);
+    }
+    if clean {
+        agent.remember_clean(set);
     }
     None
 }

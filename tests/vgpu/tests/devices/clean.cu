@@ -16,6 +16,27 @@ KERNEL one_shot(Ranks r, u64 *out, u64 n, u64 step) {
     if (i < n) out[i] = sum;
 }
 
+// As one_shot, in packs of 16 bytes and with as many blocks as there may be: what collectives do
+// with long messages. n is even.
+KERNEL one_shot_packs(Ranks r, ulonglong2 *out, u64 n, u64 step) {
+    u64 first = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+    for (u64 i = first; 2 * i < n; i += threads) {
+        ulonglong2 *own = (ulonglong2 *)r.data[r.rank];
+        own[i] = make_ulonglong2(input(r.rank, 2 * i, step), input(r.rank, 2 * i + 1, step));
+    }
+    meet(r, 2 * step + 1);
+    for (u64 i = first; 2 * i < n; i += threads) {
+        ulonglong2 sum = make_ulonglong2(0, 0);
+        for (u64 p = 0; p < r.world; ++p) {
+            ulonglong2 pack = ((const ulonglong2 *)r.data[p])[i];
+            sum.x += pack.x;
+            sum.y += pack.y;
+        }
+        out[i] = sum;
+    }
+    meet(r, 2 * step + 2);
+}
+
 // Writes its input into a slot at each peer, then adds up its own slots. Two sets of slots: whoever
 // is at step s has seen all at step s - 1, so nobody still reads the slots of s - 2.
 KERNEL push(Ranks r, u64 *out, u64 n, u64 steps) {

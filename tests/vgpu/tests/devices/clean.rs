@@ -71,6 +71,14 @@ fn one_shot_all_reduce() {
 }
 
 #[test]
+fn one_shot_all_reduce_in_packs() {
+    // Two passes of the blocks' threads, the second not quite full.
+    on_devices(3, &sums(3, 40, 0..1), |node| {
+        once(node, "one_shot_packs", (2, 8), 40, 0, 40, &[40, 0])
+    });
+}
+
+#[test]
 fn a_kernel_launched_again_and_again() {
     on_devices(2, &sums(2, 8, 2..3), |node| {
         let (_, ranks) = node.ranks(64, 8, 0);

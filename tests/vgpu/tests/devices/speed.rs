@@ -18,9 +18,16 @@ fn now() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
+/// Kernel, bytes, blocks, threads and seeds.
+const CASES: [(&str, usize, u32, u32, u64); 3] = [
+    ("one_shot", 4 << 10, 4, 128, 3),
+    ("one_shot_packs", 4 << 10, 1, 256, 3),
+    ("one_shot_packs", 1 << 20, 32, 512, 1),
+];
+
 #[test]
 fn one_shot_all_reduces_of_eight_devices() {
-    for (bytes, grid, block, seeds) in [(4 << 10, 4u32, 128u32, 3), (1 << 20, 256, 512, 1)] {
+    for (kernel, bytes, grid, block, seeds) in CASES {
         let words = bytes / 8;
         let mut times: Vec<Duration> = (0..seeds)
             .map(|seed| {
@@ -32,7 +39,7 @@ fn one_shot_all_reduces_of_eight_devices() {
                 let mut node = Node::new(&CLEAN, config);
                 let (_, ranks) = node.ranks(8 * grid as usize, words, 0);
                 let outs = node.outs(words);
-                node.on_all("one_shot", grid, block, &ranks, &outs, &[words as u64, 0]);
+                node.on_all(kernel, grid, block, &ranks, &outs, &[words as u64, 0]);
                 let start = now();
                 let faults = node.run();
                 let time = now() - start;
@@ -48,6 +55,7 @@ fn one_shot_all_reduces_of_eight_devices() {
             })
             .collect();
         times.sort_unstable();
-        println!("{bytes} bytes on 8 devices: {:?}", times[times.len() / 2]);
+        let middle = times[times.len() / 2];
+        println!("{kernel}, {bytes} bytes on 8 devices: {middle:?}");
     }
 }
