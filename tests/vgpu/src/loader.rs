@@ -2,11 +2,11 @@
 //! its kernels.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::lowering::{
-    self, LoadError, ModuleSymbols, bad, code_address, immediate_bits, size_of, variable_align,
-    variable_bytes,
+    self, LoadError, ModuleSymbols, SharedKernels, bad, code_address, immediate_bits, size_of,
+    variable_align, variable_bytes,
 };
 use crate::memory::{Memory, SHARED_WINDOW};
 use crate::program::Kernel;
@@ -24,6 +24,35 @@ pub struct Loaded {
     pub variables: HashMap<String, (u64, u64)>,
 }
 
+/// A module to be loaded any number of times, onto any devices: its kernels are lowered once,
+/// except for those that name its variables, which lie elsewhere each time.
+pub struct Program {
+    module: Module,
+    shared: Mutex<SharedKernels>,
+}
+
+impl Program {
+    /// Of a parsed module.
+    pub fn new(module: Module) -> Self {
+        Self {
+            module,
+            shared: Mutex::default(),
+        }
+    }
+
+    /// The module.
+    pub fn module(&self) -> &Module {
+        &self.module
+    }
+
+    /// Loads it onto a device.
+    pub fn load(&self, memory: &mut Memory, device: u32) -> Result<Loaded, LoadError> {
+        // What a panic leaves behind is whole: kernels are added one by one.
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        load_with(&self.module, memory, device, &|_| None, &mut shared)
+    }
+}
+
 /// Loads a module onto a device. `registers` is as for
 /// [`lower_module`](lowering::lower_module).
 pub fn load(
@@ -32,8 +61,18 @@ pub fn load(
     device: u32,
     registers: &dyn Fn(&str) -> Option<u32>,
 ) -> Result<Loaded, LoadError> {
+    load_with(module, memory, device, registers, &mut SharedKernels::new())
+}
+
+fn load_with(
+    module: &Module,
+    memory: &mut Memory,
+    device: u32,
+    registers: &dyn Fn(&str) -> Option<u32>,
+    shared: &mut SharedKernels,
+) -> Result<Loaded, LoadError> {
     let mut loaded = Loaded::default();
-    let result = fill(&mut loaded, module, memory, device, registers);
+    let result = fill(&mut loaded, module, memory, device, registers, shared);
     if let Err(error) = result {
         unload(&loaded, memory);
         return Err(error);
@@ -55,6 +94,7 @@ fn fill(
     memory: &mut Memory,
     device: u32,
     registers: &dyn Fn(&str) -> Option<u32>,
+    shared: &mut SharedKernels,
 ) -> Result<(), LoadError> {
     let mut variables: Vec<&Variable> = module.variables.iter().collect();
     for function in &module.functions {
@@ -97,8 +137,8 @@ fn fill(
         })?;
         memory.write_image(address, &image).map_err(|e| bad(e.0))?;
     }
-    for kernel in lowering::lower_module(module, &symbols, registers)? {
-        loaded.kernels.insert(kernel.name.clone(), Arc::new(kernel));
+    for kernel in lowering::lower_module(module, &symbols, registers, shared)? {
+        loaded.kernels.insert(kernel.name.clone(), kernel);
     }
     Ok(())
 }

@@ -68,8 +68,8 @@ impl Image {
         }
     }
 
-    /// The PTX for a device of this architecture.
-    pub(super) fn ptx(&self, arch: u32) -> Result<String, Status> {
+    /// All that the image says it is: a fatbin as long as its header has it, or text.
+    pub(super) fn content(&self) -> Result<Vec<u8>, Status> {
         let mut head = self.bytes(16);
         if head.is_empty() {
             return Err(match self {
@@ -82,7 +82,7 @@ impl Image {
             let inner = inner.try_into().map_err(|_| Status::INVALID_IMAGE)?;
             let inner = Image::Pointer(u64::from_le_bytes(inner));
             if fatbin::is_fatbin(&inner.bytes(4)) {
-                return inner.ptx(arch);
+                return inner.content();
             }
             explain(NAME, "a wrapper with no fatbin in it");
             return Err(Status::INVALID_IMAGE);
@@ -95,23 +95,32 @@ impl Image {
             return Err(Status::NO_BINARY_FOR_GPU);
         }
         if fatbin::is_fatbin(&head) {
-            let refuse = |error: fatbin::FatbinError| {
-                explain(NAME, error);
-                Status::INVALID_IMAGE
-            };
             let size = fatbin::size(&head).map_err(refuse)?;
-            let texts = fatbin::texts(&self.bytes(size)).map_err(refuse)?;
-            let chosen = fatbin::choose(texts, arch).map_err(|error| {
-                explain(NAME, error);
-                Status::NO_BINARY_FOR_GPU
-            })?;
-            return Ok(chosen.ptx);
+            return Ok(self.bytes(size));
         }
-        String::from_utf8(self.text()).map_err(|_| {
-            explain(NAME, "the image is neither PTX nor a fatbin");
-            Status::INVALID_IMAGE
-        })
+        Ok(self.text())
     }
+}
+
+fn refuse(error: fatbin::FatbinError) -> Status {
+    explain(NAME, error);
+    Status::INVALID_IMAGE
+}
+
+/// The PTX in an image's content, for a device of this architecture.
+pub(super) fn ptx(content: &[u8], arch: u32) -> Result<String, Status> {
+    if fatbin::is_fatbin(content) {
+        let texts = fatbin::texts(content).map_err(refuse)?;
+        let chosen = fatbin::choose(texts, arch).map_err(|error| {
+            explain(NAME, error);
+            Status::NO_BINARY_FOR_GPU
+        })?;
+        return Ok(chosen.ptx);
+    }
+    String::from_utf8(content.to_vec()).map_err(|_| {
+        explain(NAME, "the image is neither PTX nor a fatbin");
+        Status::INVALID_IMAGE
+    })
 }
 
 /// Reads memory of this process, up to the first page that is not there.

@@ -2,14 +2,16 @@
 //! they are first used there, and a kernel's handle may stand wherever a function's may.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::image::Image;
-use super::module::{parse, words};
+use super::module::words;
 use super::status::{In, Out, Outcome, Status};
 use super::{Driver, Handle, KERNEL, LIBRARY, api, explain};
+use crate::loader::Program;
 
 struct Library {
-    text: String,
+    program: Arc<Program>,
     /// Its kernels.
     names: Vec<String>,
     /// The module it became in each context.
@@ -55,16 +57,14 @@ impl Driver {
 
     fn load_library(&mut self, image: Image) -> Result<Handle, Status> {
         self.potentially_unsafe()?;
-        let arch = self.machine.world.config.arch;
-        let text = image.ptx(arch)?;
-        let functions = parse(&text, arch)?.functions;
-        let entries = functions
-            .into_iter()
-            .filter(|f| f.entry && f.body.is_some());
+        let program = self.program(&image)?;
+        let functions = program.module().functions.iter();
+        let entries = functions.filter(|f| f.entry && f.body.is_some());
+        let names = entries.map(|f| f.name.clone()).collect();
         let handle = self.handle(LIBRARY);
         let library = Library {
-            text,
-            names: entries.map(|f| f.name).collect(),
+            program,
+            names,
             loaded: BTreeMap::new(),
             kernels: BTreeMap::new(),
         };
@@ -78,8 +78,8 @@ impl Driver {
         if let Some(&module) = known.loaded.get(&context) {
             return Ok(module);
         }
-        let parsed = parse(&known.text, self.machine.world.config.arch)?;
-        let module = self.place(&parsed, context)?;
+        let program = known.program.clone();
+        let module = self.place(&program, context)?;
         if let Some(library) = self.libraries.libraries.get_mut(&library) {
             library.loaded.insert(context, module);
         }

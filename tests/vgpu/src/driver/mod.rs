@@ -19,6 +19,7 @@ mod node;
 mod operation;
 mod peer;
 mod pool;
+mod programs;
 mod refused;
 mod status;
 mod stream;
@@ -125,6 +126,7 @@ struct Driver {
     graphs: graph::Graphs,
     captures: capture::Captures,
     libraries: library::Libraries,
+    programs: programs::Programs,
     pools: pool::Pools,
     /// Names that programs hold pointers to.
     names: BTreeMap<String, Box<[u8]>>,
@@ -239,6 +241,7 @@ impl Driver {
             graphs: graph::Graphs::default(),
             captures: capture::Captures::default(),
             libraries: library::Libraries::default(),
+            programs: programs::Programs::default(),
             pools: pool::Pools::default(),
             names: BTreeMap::new(),
             allocations: BTreeMap::new(),

@@ -6,46 +6,23 @@ use super::device::found;
 use super::image::Image;
 use super::status::{In, Out, Status};
 use super::{Driver, FUNCTION, Function, Handle, MODULE, Module, api, explain};
+use crate::loader::{self, Program};
 use crate::machine::SHARED_PER_BLOCK;
-use crate::{loader, ptx};
-
-/// PTX, parsed, for a device of this architecture.
-pub(super) fn parse(text: &str, arch: u32) -> Result<ptx::ast::Module, Status> {
-    let name = "cuModuleLoadData";
-    let module = ptx::parse(text).map_err(|error| {
-        explain(name, error);
-        Status::INVALID_PTX
-    })?;
-    if module.arch > arch {
-        explain(
-            name,
-            format_args!("PTX for {}, the device is {arch}", module.arch),
-        );
-        return Err(Status::NO_BINARY_FOR_GPU);
-    }
-    Ok(module)
-}
 
 impl Driver {
     fn load(&mut self, image: Image) -> Result<Handle, Status> {
         let context = self.healthy()?;
         self.potentially_unsafe()?;
-        let arch = self.machine.world.config.arch;
-        let module = parse(&image.ptx(arch)?, arch)?;
-        self.place(&module, context)
+        let program = self.program(&image)?;
+        self.place(&program, context)
     }
 
-    /// Puts a module into a context.
-    pub(super) fn place(
-        &mut self,
-        module: &ptx::ast::Module,
-        context: Handle,
-    ) -> Result<Handle, Status> {
-        let name = "cuModuleLoadData";
+    /// Puts a program into a context.
+    pub(super) fn place(&mut self, program: &Program, context: Handle) -> Result<Handle, Status> {
         let device = self.context(context)?.device;
         let memory = &mut self.machine.world.memory;
-        let loaded = loader::load(module, memory, device, &|_| None).map_err(|error| {
-            explain(name, &error);
+        let loaded = program.load(memory, device).map_err(|error| {
+            explain("cuModuleLoadData", &error);
             if error.unsupported {
                 Status::NOT_SUPPORTED
             } else {

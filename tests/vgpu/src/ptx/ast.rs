@@ -1,6 +1,6 @@
 //! The syntax tree of a PTX module.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// A whole translation unit.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -173,7 +173,7 @@ pub struct Instruction {
     /// Line in the PTX text, from 1.
     pub line: u32,
     /// From the last `.loc` before it in this body.
-    pub location: Option<Rc<Location>>,
+    pub location: Option<Arc<Location>>,
 }
 
 /// `@%p` or `@!%p`.
@@ -195,7 +195,7 @@ pub struct Location {
     /// From 1.
     pub column: u32,
     /// `inlined_at`: the place of the call this line was inlined into.
-    pub inlined_at: Option<Rc<Location>>,
+    pub inlined_at: Option<Arc<Location>>,
 }
 
 /// An operand.

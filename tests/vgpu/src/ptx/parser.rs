@@ -1,7 +1,7 @@
 //! The grammar.
 
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use super::ParseError;
 use super::ast::{
@@ -38,9 +38,9 @@ pub fn parse(text: &str) -> Result<Module, ParseError> {
 struct Parser<'t, 'a> {
     tokens: &'t [Spanned<'a>],
     at: usize,
-    location: Option<Rc<Location>>,
+    location: Option<Arc<Location>>,
     /// The last location seen with each (file, line, column), to find what a line was inlined at.
-    labels_of_locations: HashMap<(u32, u32, u32), Rc<Location>>,
+    labels_of_locations: HashMap<(u32, u32, u32), Arc<Location>>,
 }
 
 type Result_<T> = Result<T, ParseError>;
@@ -277,7 +277,7 @@ impl<'a> Parser<'_, 'a> {
                     let column = self.small("its column")?;
                     let known = self.labels_of_locations.get(&(file, line, column));
                     inlined_at = Some(known.cloned().unwrap_or_else(|| {
-                        Rc::new(Location {
+                        Arc::new(Location {
                             file,
                             line,
                             column,
@@ -301,7 +301,7 @@ impl<'a> Parser<'_, 'a> {
         if depth > MAX_DEPTH {
             inlined_at = None;
         }
-        let location = Rc::new(Location {
+        let location = Arc::new(Location {
             file,
             line,
             column,
