@@ -9,7 +9,7 @@ use super::toolkit::{self, Toolkit};
 /// The calls of the driver. Those newer than CUDA 12.0, and those whose name depends on the header,
 /// are not here: `src/backend/cuda/sys.rs` looks them up when the program runs, so that it starts on
 /// an older driver.
-const CALLS: [&str; 56] = [
+const CALLS: [&str; 57] = [
     "cuCtxEnablePeerAccess",
     "cuCtxGetCurrent",
     "cuCtxPopCurrent_v2",
@@ -44,6 +44,7 @@ const CALLS: [&str; 56] = [
     "cuMemFreeHost",
     "cuMemFree_v2",
     "cuMemGetAddressRange_v2",
+    "cuMemGetInfo_v2",
     "cuMemHostAlloc",
     "cuMemHostGetDevicePointer_v2",
     "cuMemcpyAsync",

@@ -8,6 +8,25 @@ use ringtp::backend::cuda::abi;
 #[test]
 fn structs_have_the_sizes_that_abi_h_states() {
     assert_eq!(size_of::<abi::NormParams>(), abi::kNormParamsBytes as usize);
+    assert_eq!(size_of::<abi::GemmParams>(), abi::kGemmParamsBytes as usize);
+    assert_eq!(size_of::<abi::RopeParams>(), abi::kRopeParamsBytes as usize);
+    assert_eq!(
+        size_of::<abi::AttentionItem>(),
+        abi::kAttentionItemBytes as usize
+    );
+    assert_eq!(
+        size_of::<abi::AttentionParams>(),
+        abi::kAttentionParamsBytes as usize
+    );
+    assert_eq!(size_of::<abi::RowsParams>(), abi::kRowsParamsBytes as usize);
+    assert_eq!(
+        size_of::<abi::RecordRequest>(),
+        abi::kRecordRequestBytes as usize
+    );
+    assert_eq!(
+        size_of::<abi::RecordsParams>(),
+        abi::kRecordsParamsBytes as usize
+    );
     assert_eq!(
         size_of::<abi::CollectiveRecord>(),
         abi::kCollectiveRecordBytes as usize

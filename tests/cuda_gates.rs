@@ -18,7 +18,7 @@ use ringtp::backend::cuda::{families, fatbins};
 const PINNED: &str = "13.5";
 
 /// The kernels that stream through memory: all of these families.
-const STREAMING: [&str; 1] = ["norm"];
+const STREAMING: [&str; 5] = ["norm", "gemm", "rope", "attention", "rows"];
 
 fn tool(name: &str) -> Command {
     Command::new(Path::new(env!("RINGTP_CUDA_BIN")).join(name))

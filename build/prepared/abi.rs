@@ -55,22 +55,413 @@ impl Default for NormParams {
 }
 pub const kNormParamsBytes: _bindgen_ty_3 = 80;
 pub type _bindgen_ty_3 = ::core::ffi::c_uint;
-pub const kMaxRanks: _bindgen_ty_4 = 8;
-pub const kCollectiveBlocks: _bindgen_ty_4 = 32;
-pub const kCollectiveThreads: _bindgen_ty_4 = 512;
-pub const kRingSlots: _bindgen_ty_4 = 8;
-pub const kRingMessageBytes: _bindgen_ty_4 = 16384;
-pub const kProbeBytes: _bindgen_ty_4 = 4096;
+pub const kGemmFewRows: _bindgen_ty_4 = 4;
 pub type _bindgen_ty_4 = ::core::ffi::c_uint;
-pub const kReasonTimeout: _bindgen_ty_5 = 1;
-pub const kReasonAborted: _bindgen_ty_5 = 2;
-pub const kReasonGeneration: _bindgen_ty_5 = 3;
-pub const kReasonOtherCall: _bindgen_ty_5 = 4;
+pub const kGemmFewThreads: _bindgen_ty_5 = 128;
+pub const kGemmFewCols: _bindgen_ty_5 = 16;
+pub const kGemmThreads: _bindgen_ty_5 = 256;
+pub const kGemmTile: _bindgen_ty_5 = 64;
 pub type _bindgen_ty_5 = ::core::ffi::c_uint;
-pub const kStepBarrier: _bindgen_ty_6 = 1;
-pub const kStepRingMessage: _bindgen_ty_6 = 2;
-pub const kStepRingCredit: _bindgen_ty_6 = 3;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct GemmParams {
+    pub x: *const ::core::ffi::c_void,
+    pub w: *const ::core::ffi::c_void,
+    pub bias: *const f32,
+    pub residual: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub x_stride: u64,
+    pub w_stride: u64,
+    pub residual_stride: u64,
+    pub out_stride: u64,
+    pub rows: u32,
+    pub cols: u32,
+    pub depth: u32,
+    pub gate_up: u32,
+    pub wide_out: u32,
+    pub x_aligned: u32,
+    pub w_aligned: u32,
+    pub out_aligned: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GemmParams"][::core::mem::size_of::<GemmParams>() - 104usize];
+    ["Alignment of GemmParams"][::core::mem::align_of::<GemmParams>() - 8usize];
+    ["Offset of field: GemmParams::x"][::core::mem::offset_of!(GemmParams, x) - 0usize];
+    ["Offset of field: GemmParams::w"][::core::mem::offset_of!(GemmParams, w) - 8usize];
+    ["Offset of field: GemmParams::bias"][::core::mem::offset_of!(GemmParams, bias) - 16usize];
+    ["Offset of field: GemmParams::residual"]
+        [::core::mem::offset_of!(GemmParams, residual) - 24usize];
+    ["Offset of field: GemmParams::out"][::core::mem::offset_of!(GemmParams, out) - 32usize];
+    ["Offset of field: GemmParams::x_stride"]
+        [::core::mem::offset_of!(GemmParams, x_stride) - 40usize];
+    ["Offset of field: GemmParams::w_stride"]
+        [::core::mem::offset_of!(GemmParams, w_stride) - 48usize];
+    ["Offset of field: GemmParams::residual_stride"]
+        [::core::mem::offset_of!(GemmParams, residual_stride) - 56usize];
+    ["Offset of field: GemmParams::out_stride"]
+        [::core::mem::offset_of!(GemmParams, out_stride) - 64usize];
+    ["Offset of field: GemmParams::rows"][::core::mem::offset_of!(GemmParams, rows) - 72usize];
+    ["Offset of field: GemmParams::cols"][::core::mem::offset_of!(GemmParams, cols) - 76usize];
+    ["Offset of field: GemmParams::depth"][::core::mem::offset_of!(GemmParams, depth) - 80usize];
+    ["Offset of field: GemmParams::gate_up"]
+        [::core::mem::offset_of!(GemmParams, gate_up) - 84usize];
+    ["Offset of field: GemmParams::wide_out"]
+        [::core::mem::offset_of!(GemmParams, wide_out) - 88usize];
+    ["Offset of field: GemmParams::x_aligned"]
+        [::core::mem::offset_of!(GemmParams, x_aligned) - 92usize];
+    ["Offset of field: GemmParams::w_aligned"]
+        [::core::mem::offset_of!(GemmParams, w_aligned) - 96usize];
+    ["Offset of field: GemmParams::out_aligned"]
+        [::core::mem::offset_of!(GemmParams, out_aligned) - 100usize];
+};
+impl Default for GemmParams {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+pub const kGemmParamsBytes: _bindgen_ty_6 = 104;
 pub type _bindgen_ty_6 = ::core::ffi::c_uint;
+pub const kRopeThreads: _bindgen_ty_7 = 256;
+pub type _bindgen_ty_7 = ::core::ffi::c_uint;
+pub const kHeadPadding: _bindgen_ty_8 = 8;
+pub type _bindgen_ty_8 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RopeParams {
+    pub qkv: *mut ::core::ffi::c_void,
+    pub cos: *const f32,
+    pub sin: *const f32,
+    pub slots: *const u32,
+    pub keys: *mut ::core::ffi::c_void,
+    pub values: *mut ::core::ffi::c_void,
+    pub qkv_stride: u64,
+    pub q_heads: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    pub page_size: u32,
+    pub aligned: u32,
+    pub tables_aligned: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RopeParams"][::core::mem::size_of::<RopeParams>() - 80usize];
+    ["Alignment of RopeParams"][::core::mem::align_of::<RopeParams>() - 8usize];
+    ["Offset of field: RopeParams::qkv"][::core::mem::offset_of!(RopeParams, qkv) - 0usize];
+    ["Offset of field: RopeParams::cos"][::core::mem::offset_of!(RopeParams, cos) - 8usize];
+    ["Offset of field: RopeParams::sin"][::core::mem::offset_of!(RopeParams, sin) - 16usize];
+    ["Offset of field: RopeParams::slots"][::core::mem::offset_of!(RopeParams, slots) - 24usize];
+    ["Offset of field: RopeParams::keys"][::core::mem::offset_of!(RopeParams, keys) - 32usize];
+    ["Offset of field: RopeParams::values"][::core::mem::offset_of!(RopeParams, values) - 40usize];
+    ["Offset of field: RopeParams::qkv_stride"]
+        [::core::mem::offset_of!(RopeParams, qkv_stride) - 48usize];
+    ["Offset of field: RopeParams::q_heads"]
+        [::core::mem::offset_of!(RopeParams, q_heads) - 56usize];
+    ["Offset of field: RopeParams::kv_heads"]
+        [::core::mem::offset_of!(RopeParams, kv_heads) - 60usize];
+    ["Offset of field: RopeParams::head_dim"]
+        [::core::mem::offset_of!(RopeParams, head_dim) - 64usize];
+    ["Offset of field: RopeParams::page_size"]
+        [::core::mem::offset_of!(RopeParams, page_size) - 68usize];
+    ["Offset of field: RopeParams::aligned"]
+        [::core::mem::offset_of!(RopeParams, aligned) - 72usize];
+    ["Offset of field: RopeParams::tables_aligned"]
+        [::core::mem::offset_of!(RopeParams, tables_aligned) - 76usize];
+};
+impl Default for RopeParams {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+pub const kRopeParamsBytes: _bindgen_ty_9 = 80;
+pub type _bindgen_ty_9 = ::core::ffi::c_uint;
+pub const kAttentionThreads: _bindgen_ty_10 = 128;
+pub const kAttentionQueries: _bindgen_ty_10 = 16;
+pub const kAttentionChunk: _bindgen_ty_10 = 256;
+pub const kAttentionRows: _bindgen_ty_10 = 16;
+pub const kAttentionHeadDim: _bindgen_ty_10 = 256;
+pub type _bindgen_ty_10 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct AttentionItem {
+    pub table: u32,
+    pub first_row: u32,
+    pub rows: u32,
+    pub position: u32,
+    pub chunks: u32,
+    pub chunk: u32,
+    pub partials: u32,
+    pub tile: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionItem"][::core::mem::size_of::<AttentionItem>() - 32usize];
+    ["Alignment of AttentionItem"][::core::mem::align_of::<AttentionItem>() - 4usize];
+    ["Offset of field: AttentionItem::table"]
+        [::core::mem::offset_of!(AttentionItem, table) - 0usize];
+    ["Offset of field: AttentionItem::first_row"]
+        [::core::mem::offset_of!(AttentionItem, first_row) - 4usize];
+    ["Offset of field: AttentionItem::rows"][::core::mem::offset_of!(AttentionItem, rows) - 8usize];
+    ["Offset of field: AttentionItem::position"]
+        [::core::mem::offset_of!(AttentionItem, position) - 12usize];
+    ["Offset of field: AttentionItem::chunks"]
+        [::core::mem::offset_of!(AttentionItem, chunks) - 16usize];
+    ["Offset of field: AttentionItem::chunk"]
+        [::core::mem::offset_of!(AttentionItem, chunk) - 20usize];
+    ["Offset of field: AttentionItem::partials"]
+        [::core::mem::offset_of!(AttentionItem, partials) - 24usize];
+    ["Offset of field: AttentionItem::tile"]
+        [::core::mem::offset_of!(AttentionItem, tile) - 28usize];
+};
+pub const kAttentionItemBytes: _bindgen_ty_11 = 32;
+pub type _bindgen_ty_11 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct AttentionParams {
+    pub qkv: *const ::core::ffi::c_void,
+    pub keys: *const ::core::ffi::c_void,
+    pub values: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub items: *const AttentionItem,
+    pub tables: *const u32,
+    pub partials: *mut f32,
+    pub stats: *mut f32,
+    pub arrivals: *mut u32,
+    pub qkv_stride: u64,
+    pub out_stride: u64,
+    pub q_heads: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    pub page_size: u32,
+    pub scale: f32,
+    pub qkv_aligned: u32,
+    pub out_aligned: u32,
+    pub pad: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionParams"][::core::mem::size_of::<AttentionParams>() - 120usize];
+    ["Alignment of AttentionParams"][::core::mem::align_of::<AttentionParams>() - 8usize];
+    ["Offset of field: AttentionParams::qkv"]
+        [::core::mem::offset_of!(AttentionParams, qkv) - 0usize];
+    ["Offset of field: AttentionParams::keys"]
+        [::core::mem::offset_of!(AttentionParams, keys) - 8usize];
+    ["Offset of field: AttentionParams::values"]
+        [::core::mem::offset_of!(AttentionParams, values) - 16usize];
+    ["Offset of field: AttentionParams::out"]
+        [::core::mem::offset_of!(AttentionParams, out) - 24usize];
+    ["Offset of field: AttentionParams::items"]
+        [::core::mem::offset_of!(AttentionParams, items) - 32usize];
+    ["Offset of field: AttentionParams::tables"]
+        [::core::mem::offset_of!(AttentionParams, tables) - 40usize];
+    ["Offset of field: AttentionParams::partials"]
+        [::core::mem::offset_of!(AttentionParams, partials) - 48usize];
+    ["Offset of field: AttentionParams::stats"]
+        [::core::mem::offset_of!(AttentionParams, stats) - 56usize];
+    ["Offset of field: AttentionParams::arrivals"]
+        [::core::mem::offset_of!(AttentionParams, arrivals) - 64usize];
+    ["Offset of field: AttentionParams::qkv_stride"]
+        [::core::mem::offset_of!(AttentionParams, qkv_stride) - 72usize];
+    ["Offset of field: AttentionParams::out_stride"]
+        [::core::mem::offset_of!(AttentionParams, out_stride) - 80usize];
+    ["Offset of field: AttentionParams::q_heads"]
+        [::core::mem::offset_of!(AttentionParams, q_heads) - 88usize];
+    ["Offset of field: AttentionParams::kv_heads"]
+        [::core::mem::offset_of!(AttentionParams, kv_heads) - 92usize];
+    ["Offset of field: AttentionParams::head_dim"]
+        [::core::mem::offset_of!(AttentionParams, head_dim) - 96usize];
+    ["Offset of field: AttentionParams::page_size"]
+        [::core::mem::offset_of!(AttentionParams, page_size) - 100usize];
+    ["Offset of field: AttentionParams::scale"]
+        [::core::mem::offset_of!(AttentionParams, scale) - 104usize];
+    ["Offset of field: AttentionParams::qkv_aligned"]
+        [::core::mem::offset_of!(AttentionParams, qkv_aligned) - 108usize];
+    ["Offset of field: AttentionParams::out_aligned"]
+        [::core::mem::offset_of!(AttentionParams, out_aligned) - 112usize];
+    ["Offset of field: AttentionParams::pad"]
+        [::core::mem::offset_of!(AttentionParams, pad) - 116usize];
+};
+impl Default for AttentionParams {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+pub const kAttentionParamsBytes: _bindgen_ty_12 = 120;
+pub type _bindgen_ty_12 = ::core::ffi::c_uint;
+pub const kRowsThreads: _bindgen_ty_13 = 128;
+pub type _bindgen_ty_13 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RowsParams {
+    pub table: *const ::core::ffi::c_void,
+    pub ids: *const u32,
+    pub out: *mut ::core::ffi::c_void,
+    pub table_stride: u64,
+    pub out_stride: u64,
+    pub first_id: u64,
+    pub table_rows: u64,
+    pub rows: u32,
+    pub cols: u32,
+    pub aligned: u32,
+    pub pad: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RowsParams"][::core::mem::size_of::<RowsParams>() - 72usize];
+    ["Alignment of RowsParams"][::core::mem::align_of::<RowsParams>() - 8usize];
+    ["Offset of field: RowsParams::table"][::core::mem::offset_of!(RowsParams, table) - 0usize];
+    ["Offset of field: RowsParams::ids"][::core::mem::offset_of!(RowsParams, ids) - 8usize];
+    ["Offset of field: RowsParams::out"][::core::mem::offset_of!(RowsParams, out) - 16usize];
+    ["Offset of field: RowsParams::table_stride"]
+        [::core::mem::offset_of!(RowsParams, table_stride) - 24usize];
+    ["Offset of field: RowsParams::out_stride"]
+        [::core::mem::offset_of!(RowsParams, out_stride) - 32usize];
+    ["Offset of field: RowsParams::first_id"]
+        [::core::mem::offset_of!(RowsParams, first_id) - 40usize];
+    ["Offset of field: RowsParams::table_rows"]
+        [::core::mem::offset_of!(RowsParams, table_rows) - 48usize];
+    ["Offset of field: RowsParams::rows"][::core::mem::offset_of!(RowsParams, rows) - 56usize];
+    ["Offset of field: RowsParams::cols"][::core::mem::offset_of!(RowsParams, cols) - 60usize];
+    ["Offset of field: RowsParams::aligned"]
+        [::core::mem::offset_of!(RowsParams, aligned) - 64usize];
+    ["Offset of field: RowsParams::pad"][::core::mem::offset_of!(RowsParams, pad) - 68usize];
+};
+impl Default for RowsParams {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+pub const kRowsParamsBytes: _bindgen_ty_14 = 72;
+pub type _bindgen_ty_14 = ::core::ffi::c_uint;
+pub const kRecordThreads: _bindgen_ty_15 = 512;
+pub type _bindgen_ty_15 = ::core::ffi::c_uint;
+pub const kRecordBest: _bindgen_ty_16 = 0;
+pub const kRecordDrawn: _bindgen_ty_16 = 1;
+pub const kRecordCandidates: _bindgen_ty_16 = 2;
+pub type _bindgen_ty_16 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct RecordRequest {
+    pub seed: u64,
+    pub draw: u64,
+    pub row: u32,
+    pub kind: u32,
+    pub count: u32,
+    pub wants_mass: u32,
+    pub temperature: f32,
+    pub penalty: f32,
+    pub penalized: u32,
+    pub penalized_count: u32,
+    pub banned: u32,
+    pub banned_count: u32,
+    pub out: u32,
+    pub words: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RecordRequest"][::core::mem::size_of::<RecordRequest>() - 64usize];
+    ["Alignment of RecordRequest"][::core::mem::align_of::<RecordRequest>() - 8usize];
+    ["Offset of field: RecordRequest::seed"][::core::mem::offset_of!(RecordRequest, seed) - 0usize];
+    ["Offset of field: RecordRequest::draw"][::core::mem::offset_of!(RecordRequest, draw) - 8usize];
+    ["Offset of field: RecordRequest::row"][::core::mem::offset_of!(RecordRequest, row) - 16usize];
+    ["Offset of field: RecordRequest::kind"]
+        [::core::mem::offset_of!(RecordRequest, kind) - 20usize];
+    ["Offset of field: RecordRequest::count"]
+        [::core::mem::offset_of!(RecordRequest, count) - 24usize];
+    ["Offset of field: RecordRequest::wants_mass"]
+        [::core::mem::offset_of!(RecordRequest, wants_mass) - 28usize];
+    ["Offset of field: RecordRequest::temperature"]
+        [::core::mem::offset_of!(RecordRequest, temperature) - 32usize];
+    ["Offset of field: RecordRequest::penalty"]
+        [::core::mem::offset_of!(RecordRequest, penalty) - 36usize];
+    ["Offset of field: RecordRequest::penalized"]
+        [::core::mem::offset_of!(RecordRequest, penalized) - 40usize];
+    ["Offset of field: RecordRequest::penalized_count"]
+        [::core::mem::offset_of!(RecordRequest, penalized_count) - 44usize];
+    ["Offset of field: RecordRequest::banned"]
+        [::core::mem::offset_of!(RecordRequest, banned) - 48usize];
+    ["Offset of field: RecordRequest::banned_count"]
+        [::core::mem::offset_of!(RecordRequest, banned_count) - 52usize];
+    ["Offset of field: RecordRequest::out"][::core::mem::offset_of!(RecordRequest, out) - 56usize];
+    ["Offset of field: RecordRequest::words"]
+        [::core::mem::offset_of!(RecordRequest, words) - 60usize];
+};
+pub const kRecordRequestBytes: _bindgen_ty_17 = 64;
+pub type _bindgen_ty_17 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RecordsParams {
+    pub logits: *const f32,
+    pub edited: *mut f32,
+    pub requests: *const RecordRequest,
+    pub ids: *const u32,
+    pub out: *mut u32,
+    pub stride: u64,
+    pub cols: u32,
+    pub first_id: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RecordsParams"][::core::mem::size_of::<RecordsParams>() - 56usize];
+    ["Alignment of RecordsParams"][::core::mem::align_of::<RecordsParams>() - 8usize];
+    ["Offset of field: RecordsParams::logits"]
+        [::core::mem::offset_of!(RecordsParams, logits) - 0usize];
+    ["Offset of field: RecordsParams::edited"]
+        [::core::mem::offset_of!(RecordsParams, edited) - 8usize];
+    ["Offset of field: RecordsParams::requests"]
+        [::core::mem::offset_of!(RecordsParams, requests) - 16usize];
+    ["Offset of field: RecordsParams::ids"][::core::mem::offset_of!(RecordsParams, ids) - 24usize];
+    ["Offset of field: RecordsParams::out"][::core::mem::offset_of!(RecordsParams, out) - 32usize];
+    ["Offset of field: RecordsParams::stride"]
+        [::core::mem::offset_of!(RecordsParams, stride) - 40usize];
+    ["Offset of field: RecordsParams::cols"]
+        [::core::mem::offset_of!(RecordsParams, cols) - 48usize];
+    ["Offset of field: RecordsParams::first_id"]
+        [::core::mem::offset_of!(RecordsParams, first_id) - 52usize];
+};
+impl Default for RecordsParams {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+pub const kRecordsParamsBytes: _bindgen_ty_18 = 56;
+pub type _bindgen_ty_18 = ::core::ffi::c_uint;
+pub const kMaxRanks: _bindgen_ty_19 = 8;
+pub const kCollectiveBlocks: _bindgen_ty_19 = 32;
+pub const kCollectiveThreads: _bindgen_ty_19 = 512;
+pub const kRingSlots: _bindgen_ty_19 = 8;
+pub const kRingMessageBytes: _bindgen_ty_19 = 16384;
+pub const kProbeBytes: _bindgen_ty_19 = 4096;
+pub type _bindgen_ty_19 = ::core::ffi::c_uint;
+pub const kReasonTimeout: _bindgen_ty_20 = 1;
+pub const kReasonAborted: _bindgen_ty_20 = 2;
+pub const kReasonGeneration: _bindgen_ty_20 = 3;
+pub const kReasonOtherCall: _bindgen_ty_20 = 4;
+pub type _bindgen_ty_20 = ::core::ffi::c_uint;
+pub const kStepBarrier: _bindgen_ty_21 = 1;
+pub const kStepRingMessage: _bindgen_ty_21 = 2;
+pub const kStepRingCredit: _bindgen_ty_21 = 3;
+pub type _bindgen_ty_21 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct CollectiveRecord {
@@ -104,8 +495,8 @@ const _: () = {
     ["Offset of field: CollectiveRecord::waited"]
         [::core::mem::offset_of!(CollectiveRecord, waited) - 40usize];
 };
-pub const kCollectiveRecordBytes: _bindgen_ty_7 = 48;
-pub type _bindgen_ty_7 = ::core::ffi::c_uint;
+pub const kCollectiveRecordBytes: _bindgen_ty_22 = 48;
+pub type _bindgen_ty_22 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct CollectiveControl {
@@ -145,8 +536,8 @@ const _: () = {
     ["Offset of field: CollectiveControl::record"]
         [::core::mem::offset_of!(CollectiveControl, record) - 136usize];
 };
-pub const kCollectiveControlBytes: _bindgen_ty_8 = 144;
-pub type _bindgen_ty_8 = ::core::ffi::c_uint;
+pub const kCollectiveControlBytes: _bindgen_ty_23 = 144;
+pub type _bindgen_ty_23 = ::core::ffi::c_uint;
 #[repr(C)]
 #[repr(align(128))]
 #[derive(Debug, Copy, Clone)]
@@ -198,8 +589,8 @@ impl Default for CollectiveArena {
         }
     }
 }
-pub const kCollectiveArenaBytes: _bindgen_ty_9 = 40064;
-pub type _bindgen_ty_9 = ::core::ffi::c_uint;
+pub const kCollectiveArenaBytes: _bindgen_ty_24 = 40064;
+pub type _bindgen_ty_24 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct CollectiveArgs {
@@ -239,13 +630,13 @@ const _: () = {
     ["Offset of field: CollectiveArgs::widths"]
         [::core::mem::offset_of!(CollectiveArgs, widths) - 56usize];
 };
-pub const kCollectiveArgsBytes: _bindgen_ty_10 = 120;
-pub type _bindgen_ty_10 = ::core::ffi::c_uint;
-pub const kProbeUntried: _bindgen_ty_11 = 0;
-pub const kProbeRight: _bindgen_ty_11 = 1;
-pub const kProbeMissing: _bindgen_ty_11 = 2;
-pub const kProbeDamaged: _bindgen_ty_11 = 3;
-pub type _bindgen_ty_11 = ::core::ffi::c_uint;
+pub const kCollectiveArgsBytes: _bindgen_ty_25 = 120;
+pub type _bindgen_ty_25 = ::core::ffi::c_uint;
+pub const kProbeUntried: _bindgen_ty_26 = 0;
+pub const kProbeRight: _bindgen_ty_26 = 1;
+pub const kProbeMissing: _bindgen_ty_26 = 2;
+pub const kProbeDamaged: _bindgen_ty_26 = 3;
+pub type _bindgen_ty_26 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct ProbeResult {
@@ -260,8 +651,8 @@ const _: () = {
         [::core::mem::offset_of!(ProbeResult, written) - 0usize];
     ["Offset of field: ProbeResult::read"][::core::mem::offset_of!(ProbeResult, read) - 4usize];
 };
-pub const kProbeResultBytes: _bindgen_ty_12 = 8;
-pub type _bindgen_ty_12 = ::core::ffi::c_uint;
+pub const kProbeResultBytes: _bindgen_ty_27 = 8;
+pub type _bindgen_ty_27 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct ProbeArgs {
@@ -285,5 +676,5 @@ const _: () = {
     ["Offset of field: ProbeArgs::reached_by"]
         [::core::mem::offset_of!(ProbeArgs, reached_by) - 36usize];
 };
-pub const kProbeArgsBytes: _bindgen_ty_13 = 40;
-pub type _bindgen_ty_13 = ::core::ffi::c_uint;
+pub const kProbeArgsBytes: _bindgen_ty_28 = 40;
+pub type _bindgen_ty_28 = ::core::ffi::c_uint;

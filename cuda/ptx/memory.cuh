@@ -30,6 +30,23 @@ __device__ __forceinline__ void st_global_v4(void *address, uint4 value) {
                  : "memory");
 }
 
+// ld.global.v2.u32 and st.global.v2.u32: `address` is a multiple of 8.
+__device__ __forceinline__ uint2 ld_global_v2(const void *address) {
+    uint2 value;
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(value.x), "=r"(value.y)
+                 : "l"(__cvta_generic_to_global(address))
+                 : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void st_global_v2(void *address, uint2 value) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};"
+                 :
+                 : "l"(__cvta_generic_to_global(address)), "r"(value.x), "r"(value.y)
+                 : "memory");
+}
+
 // ld.global of one element.
 __device__ __forceinline__ uint32_t ld_global(const uint32_t *address) {
     uint32_t value;

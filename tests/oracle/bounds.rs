@@ -6,6 +6,8 @@
 //! results may underflow instead, which adds at most 2^-149 each: [`UNDERFLOW`] covers the
 //! operations of one element. The oracle's own error (2^-53) is far below and left out.
 
+use ringtp::DType;
+
 use super::{Rows, attention, dot, linear, rms_norm, silu};
 
 /// Half a unit in the last place of 1 in f32.
@@ -48,9 +50,20 @@ pub(crate) fn linear_error(x: &Rows, w: &Rows, bias: Option<&[f64]>) -> Rows {
 /// e^88 it is held there, which leaves `|gate| e^-88` of what should vanish: far below u
 /// times the gate.) The product multiplies two inexact factors and rounds once.
 pub(crate) fn swiglu_error(gate: &Rows, gate_error: &Rows, up: &Rows, up_error: &Rows) -> Rows {
+    swiglu_error_in(7, gate, gate_error, up, up_error)
+}
+
+/// As [`swiglu_error`], with a silu that is within `γ(steps)` of what it is given.
+pub(crate) fn swiglu_error_in(
+    steps: usize,
+    gate: &Rows,
+    gate_error: &Rows,
+    up: &Rows,
+    up_error: &Rows,
+) -> Rows {
     let factor = map2(gate, gate_error, |gate, error| {
         let error = 1.1 * error;
-        error + gamma(7) * (silu(gate).abs() + error) + gate.abs() * (-88.0_f64).exp()
+        error + gamma(steps) * (silu(gate).abs() + error) + gate.abs() * (-88.0_f64).exp()
     });
     let greatest = |value: f64, error: f64| value.abs() + error;
     let products = map2(
@@ -61,6 +74,20 @@ pub(crate) fn swiglu_error(gate: &Rows, gate_error: &Rows, up: &Rows, up_error: 
     let exact = map2(gate, up, |gate, up| (silu(gate) * up).abs());
     map2(&products, &exact, |product, exact| {
         (product - exact) + U * product + UNDERFLOW
+    })
+}
+
+/// Of a value that is known to within `error` and then rounded to `dtype`: half a unit in its
+/// last place, which for f16 is at least half of its smallest number.
+pub(crate) fn rounded_error(values: &Rows, errors: &Rows, dtype: DType) -> Rows {
+    let (relative, least) = match dtype {
+        DType::F32 => return errors.clone(),
+        // Eight and eleven bits of significand: half a unit is at most 2^-8, or 2^-11, of it.
+        DType::Bf16 => (2f64.powi(-8), 0.0),
+        DType::F16 => (2f64.powi(-11), 2f64.powi(-25)),
+    };
+    map2(values, errors, |value, error| {
+        error + (relative * (value.abs() + error)).max(least)
     })
 }
 
@@ -116,6 +143,24 @@ pub(crate) fn attention_error(
     values: &Rows,
     scale: f64,
 ) -> Vec<f64> {
+    folded_attention_error(query, keys, values, scale, 0)
+}
+
+/// As [`attention_error`], where positions are taken in parts that are then folded, `folds` times,
+/// into what came before: both sides are multiplied by `e^(scale * (own greatest - common
+/// greatest))`, numerators and denominators alike.
+///
+/// A term takes part in at most `folds` of these: as many exponentials more (each within 4 u, or
+/// less than e^-87 where it should be less), as many products and sums more. The greatest only
+/// grows, so the exponents of a term add up to at most the range that `attention_error` has, each
+/// within γ(2) of itself.
+pub(crate) fn folded_attention_error(
+    query: &[f64],
+    keys: &[Vec<f64>],
+    values: &Rows,
+    scale: f64,
+    folds: usize,
+) -> Vec<f64> {
     let abs = |v: &[f64]| -> Vec<f64> { v.iter().map(|x| x.abs()).collect() };
     let (n, size) = (keys.len(), abs(query));
     let scores: Vec<f64> = keys.iter().map(|key| dot(query, key)).collect();
@@ -127,12 +172,13 @@ pub(crate) fn attention_error(
     let worst = errors.iter().copied().fold(0.0, f64::max);
     let scaled: Vec<f64> = scores.iter().map(|score| scale * score).collect();
     let weights = super::softmax(&scaled);
-    let held = (-87.0_f64).exp() * 1.001;
+    let held = (-87.0_f64).exp() * 1.001 * (1 + folds) as f64;
+    let exponentials = (1.0 + 4.0 * U).powi(1 + folds as i32);
     let factors: Vec<f64> = (0..n)
         .map(|j| {
             let range = scale * (greatest - scores[j] + errors[j] + worst);
             let exponent = scale * errors[j] + gamma(2) * range;
-            (exponent.exp() * (1.0 + 4.0 * U)) * (1.0 + gamma(n)) - 1.0
+            (exponent.exp() * exponentials) * (1.0 + gamma(n + 2 * folds)) - 1.0
         })
         .collect();
     let denominator = dot(&weights, &factors) + held * n as f64;

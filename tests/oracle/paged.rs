@@ -5,7 +5,7 @@ use ringtp::backend::cpu::{CpuBackend, CpuKvPages, CpuPlan, CpuTensor};
 use ringtp::backend::{Backend, HeadCounts, KvShape, RopeTables};
 use ringtp::llama::Batch;
 
-use super::bounds::attention_error;
+use super::bounds::folded_attention_error;
 use super::cpu::{poisoned, tensor};
 use super::random::{Random, round, wide};
 use super::{Rows, attention, kv_head, rotate};
@@ -155,8 +155,19 @@ impl World {
     /// is how many positions the row at a position sees: its own and those before.
     pub(crate) fn exact(
         &self,
+        part: (usize, usize, usize),
+        visible: impl Fn(usize) -> usize,
+    ) -> (Rows, Rows) {
+        self.exact_in_chunks(part, visible, usize::MAX)
+    }
+
+    /// As [`Self::exact`], with the bound for contexts that are taken in chunks of so many
+    /// positions and folded.
+    pub(crate) fn exact_in_chunks(
+        &self,
         (sequence, from, to): (usize, usize, usize),
         visible: impl Fn(usize) -> usize,
+        chunk: usize,
     ) -> (Rows, Rows) {
         let (d, heads, s) = (self.heads.head_dim, self.heads, &self.sequences[sequence]);
         let stored = |v: f64| f64::from(round(v as f32, self.shape.dtype));
@@ -183,7 +194,17 @@ impl World {
                 let n = visible(position).clamp(1, keys.len());
                 let values = values[..n].to_vec();
                 row.extend(attention(&query, &keys[..n], &values, scale));
-                error.extend(attention_error(&query, &keys[..n], &values, scale));
+                let folds = match chunk {
+                    usize::MAX => 0,
+                    chunk => n.div_ceil(chunk),
+                };
+                error.extend(folded_attention_error(
+                    &query,
+                    &keys[..n],
+                    &values,
+                    scale,
+                    folds,
+                ));
             }
             rows.push(row);
             errors.push(error);

@@ -25,6 +25,16 @@ pub unsafe trait KernelParams: Copy {}
 
 // SAFETY: made from cuda/abi.h; taken by the kernels of cuda/norm.cu.
 unsafe impl KernelParams for NormParams {}
+// SAFETY: made from cuda/abi.h; taken by the kernels of cuda/gemm.cu.
+unsafe impl KernelParams for GemmParams {}
+// SAFETY: made from cuda/abi.h; taken by the kernels of cuda/rope.cu.
+unsafe impl KernelParams for RopeParams {}
+// SAFETY: made from cuda/abi.h; taken by the kernels of cuda/attention.cu.
+unsafe impl KernelParams for AttentionParams {}
+// SAFETY: made from cuda/abi.h; taken by the kernels of cuda/rows.cu.
+unsafe impl KernelParams for RowsParams {}
+// SAFETY: made from cuda/abi.h; taken by the kernel of cuda/sampling.cu.
+unsafe impl KernelParams for RecordsParams {}
 // SAFETY: made from cuda/collective/abi.h; taken by the kernels beside it.
 unsafe impl KernelParams for CollectiveArgs {}
 // SAFETY: made from cuda/collective/abi.h; taken by cuda/collective/probe.cu.

@@ -183,6 +183,19 @@ impl Context {
         })
     }
 
+    /// Bytes of the device's memory that are free now, and all of them. Other processes, and
+    /// other ranks on the device, take of what is free.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        let _entered = self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two numbers.
+        let code = unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) };
+        check(code, "cuMemGetInfo", || {
+            format!("asking CUDA device {} for its memory", self.ordinal())
+        })?;
+        Ok((free, total))
+    }
+
     /// An attribute of the device.
     pub fn attribute(&self, attribute: DeviceAttribute) -> Result<i32> {
         attribute_of(self.inner.device.as_raw(), attribute)

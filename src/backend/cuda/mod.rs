@@ -12,6 +12,9 @@
 //! | a launch | [`Launch`], [`Stream::launch`] | own: checked on the host first |
 //! | recorded work | [`Graph`], [`Stream::capture`] | own |
 //! | rows of elements | [`Rows`], [`RowsMut`] | views with a type and a stride |
+//! | a batch's metadata | [`CudaPlan`] | one upload a step |
+//! | the KV cache | [`CudaKvPages`], [`KvLayer`] | pages, also foreign ones |
+//! | what an operation costs at least | [`Work`] | bytes and operations, from the shapes |
 //!
 //! Nothing is global: there is one driver in a process, but no state of this crate's beside it,
 //! and no thread needs a current context. `cust` sets devices up; calls beside which kernels
@@ -35,28 +38,44 @@
 //!    fail. `tests/cuda_gates.rs` looks at the machine code of every kernel without being told.
 
 pub mod abi;
+mod attention;
 mod collective;
 mod context;
 mod event;
 mod families;
+mod gemm;
 mod graph;
+mod kv;
 mod launch;
 mod memory;
 mod module;
 mod norm;
 mod pinned;
+mod plan;
+mod rope;
+mod rows;
+mod sampling;
 mod stream;
 pub(crate) mod sys;
 mod view;
+mod work;
 
+pub use attention::{AttentionScratch, attention, attention_work};
 pub use context::{Context, DeviceAttribute, Entered, Limits, P2pAttribute};
 pub use event::Event;
 pub use families::families;
+pub use gemm::{GEMM_FEW_ROWS, GemmEpilogue, gemm, gemm_work};
 pub use graph::Graph;
+pub use kv::{CudaKvPages, KvLayer, KvLayerMut};
 pub use launch::Launch;
 pub use memory::{BUFFER_ALIGN, DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut};
 pub use module::{Family, Function, FunctionAttributes, Kernels, fatbins};
 pub use norm::{add_rms_norm, rms_norm};
 pub use pinned::Pinned;
+pub use plan::{CudaPlan, SPLIT_ROWS};
+pub use rope::{rope_append, rope_append_work};
+pub use rows::{add_bias, gather_rows, gather_rows_work};
+pub use sampling::sampling_records;
 pub use stream::Stream;
 pub use view::{RowLayout, Rows, RowsMut};
+pub use work::Work;

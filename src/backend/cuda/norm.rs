@@ -3,7 +3,7 @@
 use super::abi::{self, NormParams};
 use super::launch::Launch;
 use super::module::{Family, Kernels};
-use super::view::{Rows, RowsMut, check_vector};
+use super::view::{Rows, RowsMut, check_vector, count};
 use super::{DeviceSlice, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -39,11 +39,6 @@ fn same_layout(what: &str, x: &Rows<'_>, out: &RowsMut<'_>) -> Result<()> {
         format!("[{}, {}] of {}", x.rows, x.cols, x.dtype),
         format!("[{}, {}] of {}", out.rows, out.cols, out.dtype),
     ))
-}
-
-fn count(what: &str, n: usize, most: u32) -> Result<u32> {
-    let count = u32::try_from(n).ok().filter(|&n| n <= most);
-    count.ok_or_else(|| Error::shape(what, format!("at most {most}"), n))
 }
 
 /// `out = x / sqrt(mean(x²) + eps) * weight`, row by row: `[rows, cols]` both, of one type, and

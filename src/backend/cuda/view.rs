@@ -39,6 +39,11 @@ impl RowLayout {
         elements.checked_mul(self.dtype.size())
     }
 
+    /// Bytes of the elements, gaps left out.
+    pub fn payload(&self) -> u64 {
+        (self.rows * self.cols * self.dtype.size()) as u64
+    }
+
     /// Whether rows, the first at `address`, start at multiples of 16 bytes.
     pub(super) fn is_aligned(&self, address: u64) -> bool {
         address.is_multiple_of(16)
@@ -143,4 +148,10 @@ pub(super) fn check_vector(what: &str, vector: DeviceSlice<'_>, len: usize) -> R
         ));
     }
     Ok(())
+}
+
+/// `n` as the kernels count, if it is at most `most`.
+pub(super) fn count(what: &str, n: usize, most: u32) -> Result<u32> {
+    let count = u32::try_from(n).ok().filter(|&n| n <= most);
+    count.ok_or_else(|| Error::shape(what, format!("at most {most}"), n))
 }

@@ -225,6 +225,15 @@ pub fn run_again_on_every_architecture(this: &str) {
     }
 }
 
+/// Of so many random cases, how many to run here: all on the first driver, a few on the virtual
+/// GPUs of other architectures.
+pub fn cases_here(all: u64) -> u64 {
+    match std::env::var_os(AGAIN) {
+        None => all,
+        Some(_) => all.div_ceil(12),
+    }
+}
+
 /// Runs `body` in a process of its own, for a test that loses the context: this process starts
 /// test `this` again, where `body` runs, and gets what it printed.
 pub fn in_a_child(this: &str, body: impl FnOnce()) -> Option<String> {

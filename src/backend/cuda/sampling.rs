@@ -1,0 +1,154 @@
+//! Launches the kernel of `cuda/sampling.cu`.
+
+use super::abi::{self, RecordRequest, RecordsParams};
+use super::launch::Launch;
+use super::module::{Family, Kernels};
+use super::view::{Rows, count};
+use super::{DevicePool, Stream};
+use crate::backend::WantedRecord;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::llama::sampling::{Candidate, Record};
+
+pub(super) const FAMILY: Family = Family {
+    name: "sampling",
+    kernels: &["sampling_records"],
+};
+
+/// The records from which ranks choose tokens together (see [`crate::llama::sampling`]), one after
+/// another: of rows of `logits` in f32, this rank's part of the vocabulary from `first_id` on. The
+/// words are those of the CPU's records. It waits for the logits; `pool` lends memory meanwhile.
+///
+/// # Errors
+/// [`Error::Shape`] if the operands do not fit each other; memory; [`Error::Driver`].
+pub fn sampling_records(
+    kernels: &Kernels,
+    stream: &Stream,
+    pool: &DevicePool,
+    logits: Rows<'_>,
+    first_id: usize,
+    wanted: &[WantedRecord<'_>],
+) -> Result<Vec<u32>> {
+    let layout = *logits.layout();
+    if layout.dtype != DType::F32 {
+        return Err(Error::shape(
+            "records: logits",
+            "f32 (as Backend::logits makes them)",
+            layout.dtype,
+        ));
+    }
+    if let Some(wanted) = wanted.iter().find(|wanted| wanted.row >= layout.rows) {
+        let rows = format_args!("a row below {}", layout.rows).to_string();
+        return Err(Error::shape("records: logits", rows, wanted.row));
+    }
+    let end = first_id.checked_add(layout.cols);
+    if end.is_none_or(|end| end > u32::MAX as usize) {
+        return Err(Error::shape(
+            "records: ids of the logits",
+            "below 2^32",
+            format_args!("{} from {first_id} on", layout.cols),
+        ));
+    }
+    if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+
+    let (mut requests, mut ids, mut words) = (Vec::new(), Vec::<u32>::new(), 0);
+    let shard = first_id as u32..(first_id + layout.cols) as u32;
+    for record in wanted {
+        let mut listed = |list: &[u32]| {
+            let start = ids.len();
+            ids.extend(list.iter().filter(|id| shard.contains(id)));
+            [start as u32, (ids.len() - start) as u32]
+        };
+        let row = record.sample;
+        let no_penalty = row.repetition_penalty == 1.0;
+        let penalized = listed(if no_penalty { &[] } else { &row.penalized });
+        let banned = listed(&row.banned);
+        let (kind, listed) = match record.record {
+            Record::Best => (abi::kRecordBest, 0),
+            Record::Drawn => (abi::kRecordDrawn, 0),
+            Record::Candidates { count } => (abi::kRecordCandidates, count),
+        };
+        requests.push(RecordRequest {
+            seed: row.seed,
+            draw: row.draw,
+            row: count("rows of logits", record.row, i32::MAX as u32)?,
+            kind,
+            count: count("candidates", listed, 1 << 28)?,
+            wants_mass: Record::wants_mass(row).into(),
+            temperature: row.temperature,
+            penalty: row.repetition_penalty,
+            penalized: penalized[0],
+            penalized_count: penalized[1],
+            banned: banned[0],
+            banned_count: banned[1],
+            out: count("words of records", words, i32::MAX as u32)?,
+            words: count("words of a record", record.record.words(), i32::MAX as u32)?,
+        });
+        words += record.record.words();
+    }
+    let blocks = count("records", wanted.len(), i32::MAX as u32)?;
+    let device_requests = pool.upload(&words_of(&requests), stream)?;
+    let device_ids = pool.upload(&ids, stream)?;
+    let edited = if ids.is_empty() { 0 } else { wanted.len() };
+    let edited = pool.buffer(edited * layout.cols * size_of::<f32>())?;
+    let out = pool.buffer(words * size_of::<u32>())?;
+    let params = RecordsParams {
+        logits: logits.address() as *const _,
+        edited: edited.address() as *mut _,
+        requests: device_requests.address() as *const _,
+        ids: device_ids.address() as *const _,
+        out: out.address() as *mut _,
+        stride: layout.stride as u64,
+        cols: layout.cols as u32,
+        first_id: shard.start,
+    };
+    let shape = Launch::linear(blocks, abi::kRecordThreads);
+    // SAFETY: the rows are of the logits, the ids of the shard, and every record has its words of
+    // the output and, where any has ids, its row of the copies. One block a record.
+    unsafe { stream.launch(kernels.get("sampling_records")?, shape, &params) }?;
+    let mut records = vec![0; words];
+    stream.download(out.as_ref(), &mut records)?;
+    let mut rest = records.as_mut_slice();
+    for record in wanted {
+        let (words, tail) = rest.split_at_mut(record.record.words());
+        if let Record::Candidates { .. } = record.record {
+            sort(&mut words[Record::CANDIDATES_AT..]);
+        }
+        rest = tail;
+    }
+    Ok(records)
+}
+
+/// Puts a list of candidates, which the kernel leaves in any order, best first.
+fn sort(words: &mut [u32]) {
+    let mut list: Vec<_> = words
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&w| Candidate::from_words(w))
+        .collect();
+    list.sort_unstable();
+    for (words, candidate) in words.as_chunks_mut().0.iter_mut().zip(list) {
+        *words = candidate.to_words();
+    }
+}
+
+/// The requests as words of 64 bits.
+fn words_of(requests: &[RecordRequest]) -> Vec<u64> {
+    let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+    let words = |r: &RecordRequest| {
+        [
+            r.seed,
+            r.draw,
+            pair(r.row, r.kind),
+            pair(r.count, r.wants_mass),
+            pair(r.temperature.to_bits(), r.penalty.to_bits()),
+            pair(r.penalized, r.penalized_count),
+            pair(r.banned, r.banned_count),
+            pair(r.out, r.words),
+        ]
+    };
+    requests.iter().flat_map(words).collect()
+}
