@@ -1,4 +1,5 @@
-//! What a device does for a model: one trait, implemented by [`cpu`].
+//! What a device does for a model: one trait, implemented by [`cpu`] and, with the feature
+//! `cuda`, by `cuda`.
 //!
 //! # Contract
 //! - **Stream-ordered.** A call enqueues; its result is there for later calls on the same
@@ -127,6 +128,12 @@ pub trait Backend: Send {
 
     /// A tensor of zeros.
     fn tensor(&mut self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+
+    /// A tensor of zeros for logits: in f32, whatever the activations are, so that the choice of a
+    /// token sees what the sums came to.
+    fn logits(&mut self, rows: usize, cols: usize) -> Result<Self::Tensor> {
+        self.tensor(rows, cols)
+    }
 
     /// Changes the number of rows; their contents become unspecified. May allocate when the
     /// tensor never had so many.

@@ -224,7 +224,7 @@ impl<B: Backend> Model<B> {
         rank: &mut Rank<'_, B, C>,
         rows: usize,
     ) -> Result<Vec<f32>> {
-        let mut all = rank.backend.tensor(rows, self.dims.vocab_size)?;
+        let mut all = rank.backend.logits(rows, self.dims.vocab_size)?;
         self.head.gather(rank, &self.workspace.logits, &mut all)?;
         rank.backend.read(&all)
     }
@@ -254,7 +254,7 @@ impl<T> Workspace<T> {
             inner: backend.tensor(0, part.of(dims.intermediate_size).len())?,
             output,
             wanted: backend.tensor(0, dims.hidden_size)?,
-            logits: backend.tensor(0, vocab.ids.len())?,
+            logits: backend.logits(0, vocab.ids.len())?,
         })
     }
 

@@ -12,6 +12,7 @@
 //! | a launch | [`Launch`], [`Stream::launch`] | own: checked on the host first |
 //! | recorded work | [`Graph`], [`Stream::capture`] | own |
 //! | rows of elements | [`Rows`], [`RowsMut`] | views with a type and a stride |
+//! | a rank on a device | [`CudaBackend`], [`CudaTensor`], [`CudaMatrix`], [`CudaVector`] | the operations of a model, as launches |
 //! | a batch's metadata | [`CudaPlan`] | one upload a step |
 //! | the KV cache | [`CudaKvPages`], [`KvLayer`] | pages, also foreign ones |
 //! | what an operation costs at least | [`Work`] | bytes and operations, from the shapes |
@@ -39,6 +40,7 @@
 
 pub mod abi;
 mod attention;
+mod backend;
 mod collective;
 mod context;
 mod event;
@@ -57,10 +59,13 @@ mod rows;
 mod sampling;
 mod stream;
 pub(crate) mod sys;
+mod tensor;
+mod upload;
 mod view;
 mod work;
 
 pub use attention::{AttentionScratch, attention, attention_work};
+pub use backend::{CudaBackend, CudaVector};
 pub use context::{Context, DeviceAttribute, Entered, Limits, P2pAttribute};
 pub use event::Event;
 pub use families::families;
@@ -77,5 +82,6 @@ pub use rope::{rope_append, rope_append_work};
 pub use rows::{add_bias, gather_rows, gather_rows_work};
 pub use sampling::sampling_records;
 pub use stream::Stream;
+pub use tensor::{CudaMatrix, CudaTensor};
 pub use view::{RowLayout, Rows, RowsMut};
 pub use work::Work;

@@ -46,6 +46,7 @@ mod group;
 mod probe;
 mod rank_device;
 mod survey;
+mod tensors;
 
 pub use algorithm::{
     ALL, Choice, DeviceAllReduce, Image, OneShot, Reach, Refusal, Ring, TwoShot, by_name, choose,

@@ -1,0 +1,403 @@
+//! The backend of one rank on a CUDA device: the operations of a model as launches in one stream.
+
+use std::sync::Arc;
+
+use super::plan::SPLIT_ROWS;
+use super::tensor::out_of_memory;
+use super::upload::{Staging, stacked};
+use super::view::RowLayout;
+use super::{
+    AttentionScratch, Context, CudaKvPages, CudaMatrix, CudaPlan, CudaTensor, DeviceBuffer,
+    DevicePool, DeviceSlice, GemmEpilogue, Kernels, Rows, Stream,
+};
+use crate::backend::{Backend, Epilogue, HeadCounts, KvShape, Layout, RopeTables, WantedRecord};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::host::HostMatrix;
+use crate::llama::Batch;
+
+/// Bytes of a slab of small buffers: activations and metadata of a step come from these, so that a
+/// step allocates nothing in the driver.
+const SLAB: usize = 64 << 20;
+
+/// A rank on a device.
+///
+/// Weights, KV cache and activations are of one type; logits, sums and statistics are f32. A call
+/// enqueues; what fails on the device surfaces at [`Backend::synchronize`] or a read.
+#[derive(Debug)]
+pub struct CudaBackend {
+    stream: Arc<Stream>,
+    pool: DevicePool,
+    kernels: Kernels,
+    dtype: DType,
+    scratch: AttentionScratch,
+    /// For weights; made with the first.
+    staging: Option<Staging>,
+}
+
+impl CudaBackend {
+    /// A backend whose work goes into `stream`, with activations of `dtype`. It loads the kernels,
+    /// which synchronises the device: before anything runs there.
+    ///
+    /// # Errors
+    /// [`Error::Driver`]; memory.
+    pub fn new(stream: Arc<Stream>, dtype: DType) -> Result<Self> {
+        let pool = DevicePool::new(stream.context(), SLAB);
+        let kernels = Kernels::load(stream.context())?;
+        Self::with(stream, pool, kernels, dtype)
+    }
+
+    /// As [`Self::new`], with memory from `pool` and kernels that are loaded: both of the stream's
+    /// device.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they are of different devices; memory.
+    pub fn with(
+        stream: Arc<Stream>,
+        pool: DevicePool,
+        kernels: Kernels,
+        dtype: DType,
+    ) -> Result<Self> {
+        let device = stream.context().ordinal();
+        for (what, other) in [("pool", pool.context()), ("kernels", kernels.context())] {
+            if other.ordinal() != device {
+                return Err(Error::shape(
+                    format_args!("CudaBackend: {what}"),
+                    format_args!("of CUDA device {device}, as the stream"),
+                    format_args!("of device {}", other.ordinal()),
+                ));
+            }
+        }
+        let scratch = AttentionScratch::new(&pool)?;
+        Ok(Self {
+            stream,
+            pool,
+            kernels,
+            dtype,
+            scratch,
+            staging: None,
+        })
+    }
+
+    /// The stream of all work.
+    pub fn stream(&self) -> &Arc<Stream> {
+        &self.stream
+    }
+
+    /// Where its memory comes from.
+    pub fn pool(&self) -> &DevicePool {
+        &self.pool
+    }
+
+    /// The device.
+    pub fn context(&self) -> &Context {
+        self.stream.context()
+    }
+
+    /// The type of activations, weights and KV cache.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn check_dtype(&self, what: &str, dtype: DType) -> Result<()> {
+        if dtype == self.dtype {
+            return Ok(());
+        }
+        Err(Error::input(
+            what,
+            format_args!("the type of the activations, {}", self.dtype),
+            dtype,
+            "use one type for all, or make another backend",
+        ))
+    }
+
+    fn vector_view<'a>(&self, vector: &'a CudaVector) -> DeviceSlice<'a> {
+        vector.buffer.as_ref()
+    }
+
+    fn zeros(&self, dtype: DType, rows: usize, cols: usize) -> Result<CudaTensor> {
+        CudaTensor::zeros(&self.pool, &self.stream, dtype, rows, cols)
+    }
+}
+
+/// Weights of a norm, or a bias, in f32 in device memory.
+#[derive(Debug)]
+pub struct CudaVector {
+    buffer: DeviceBuffer,
+}
+
+impl CudaVector {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.buffer.len() / size_of::<f32>()
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Backend for CudaBackend {
+    type Tensor = CudaTensor;
+    type Matrix = CudaMatrix;
+    type Vector = CudaVector;
+    type KvPages = CudaKvPages;
+    type Plan = CudaPlan;
+
+    fn tensor(&mut self, rows: usize, cols: usize) -> Result<CudaTensor> {
+        self.zeros(self.dtype, rows, cols)
+    }
+
+    fn logits(&mut self, rows: usize, cols: usize) -> Result<CudaTensor> {
+        self.zeros(DType::F32, rows, cols)
+    }
+
+    fn set_rows(&mut self, tensor: &mut CudaTensor, rows: usize) -> Result<()> {
+        tensor.set_rows(&self.pool, rows)
+    }
+
+    fn matrix(
+        &mut self,
+        parts: &[HostMatrix<'_>],
+        layout: Layout,
+        dtype: DType,
+    ) -> Result<CudaMatrix> {
+        self.check_dtype("type of the weights", dtype)?;
+        let (rows, cols) = stacked(parts, layout)?;
+        let mut matrix = CudaMatrix::new(&self.pool, layout, dtype, rows, cols)?;
+        let staging = match &mut self.staging {
+            Some(staging) => staging,
+            none => none.insert(Staging::new(&self.stream)?),
+        };
+        staging.matrix(&self.stream, &mut matrix, parts)?;
+        Ok(matrix)
+    }
+
+    fn vector(&mut self, parts: &[HostMatrix<'_>]) -> Result<CudaVector> {
+        let mut values = Vec::new();
+        for part in parts {
+            if part.rows() != 1 {
+                return Err(Error::shape("vector: rows of a part", 1, part.rows()));
+            }
+            let start = values.len();
+            values.resize(start + part.cols(), 0.0_f32);
+            part.row_f32(0, &mut values[start..]);
+        }
+        let layout = RowLayout::contiguous(DType::F32, 1, values.len());
+        let buffer = self.pool.upload(&values, &self.stream);
+        let buffer = buffer.map_err(|e| out_of_memory(e, "a vector", &layout, &self.pool))?;
+        Ok(CudaVector { buffer })
+    }
+
+    fn kv_pages(&mut self, shape: KvShape) -> Result<CudaKvPages> {
+        self.check_dtype("type of the KV cache", shape.dtype)?;
+        CudaKvPages::new(&self.pool, &self.stream, shape)
+    }
+
+    fn plan(&mut self, batch: &Batch, rope: RopeTables, block_size: usize) -> Result<CudaPlan> {
+        CudaPlan::new(
+            &self.pool,
+            &self.stream,
+            batch,
+            &rope,
+            block_size,
+            SPLIT_ROWS,
+        )
+    }
+
+    fn embedding(
+        &mut self,
+        table: &CudaMatrix,
+        first_id: usize,
+        plan: &CudaPlan,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        if table.layout() != Layout::Rows {
+            let found = format_args!("{:?}", table.layout()).to_string();
+            return Err(Error::shape(
+                "embedding: layout of the table",
+                "Rows",
+                found,
+            ));
+        }
+        let ids = Some(plan.token_ids());
+        let (kernels, stream) = (&self.kernels, &self.stream);
+        super::gather_rows(
+            kernels,
+            stream,
+            table.view()?,
+            ids,
+            first_id,
+            out.rows_mut()?,
+        )
+    }
+
+    fn linear(
+        &mut self,
+        x: &CudaTensor,
+        w: &CudaMatrix,
+        epilogue: Epilogue<'_, Self>,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        let epilogue = GemmEpilogue {
+            bias: epilogue.bias.map(|bias| self.vector_view(bias)),
+            gate_up: w.layout() == Layout::GateUp,
+            residual: epilogue.residual.map(CudaTensor::rows).transpose()?,
+        };
+        let (kernels, stream) = (&self.kernels, &self.stream);
+        super::gemm(
+            kernels,
+            stream,
+            x.rows()?,
+            w.view()?,
+            epilogue,
+            out.rows_mut()?,
+        )
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &CudaTensor,
+        weight: &CudaVector,
+        eps: f32,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        let (x, weight) = (x.rows()?, self.vector_view(weight));
+        super::rms_norm(&self.kernels, &self.stream, x, weight, eps, out.rows_mut()?)
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        x: &CudaTensor,
+        bias: Option<&CudaVector>,
+        residual: &mut CudaTensor,
+        weight: &CudaVector,
+        eps: f32,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        super::add_rms_norm(
+            &self.kernels,
+            &self.stream,
+            x.rows()?,
+            bias.map(|bias| self.vector_view(bias)),
+            residual.rows_mut()?,
+            self.vector_view(weight),
+            eps,
+            out.rows_mut()?,
+        )
+    }
+
+    fn rope_append(
+        &mut self,
+        qkv: &mut CudaTensor,
+        heads: HeadCounts,
+        plan: &CudaPlan,
+        pages: &mut CudaKvPages,
+        layer: usize,
+    ) -> Result<()> {
+        let (kernels, stream) = (&self.kernels, &self.stream);
+        let mut layer = pages.layer_mut(layer)?;
+        super::rope_append(kernels, stream, qkv.rows_mut()?, heads, plan, &mut layer)
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &CudaTensor,
+        heads: HeadCounts,
+        plan: &CudaPlan,
+        pages: &CudaKvPages,
+        layer: usize,
+        scale: f32,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        super::attention(
+            &self.kernels,
+            &self.stream,
+            qkv.rows()?,
+            heads,
+            plan,
+            &pages.layer(layer)?,
+            scale,
+            &mut self.scratch,
+            out.rows_mut()?,
+        )
+    }
+
+    fn logits_rows(&mut self, x: &CudaTensor, plan: &CudaPlan, out: &mut CudaTensor) -> Result<()> {
+        if x.layout().rows != plan.rows() {
+            let found = x.layout().rows;
+            return Err(Error::shape("logits_rows: rows of x", plan.rows(), found));
+        }
+        let ids = Some(plan.wanted_rows());
+        super::gather_rows(
+            &self.kernels,
+            &self.stream,
+            x.rows()?,
+            ids,
+            0,
+            out.rows_mut()?,
+        )
+    }
+
+    fn slice_columns(&mut self, x: &CudaTensor, first: usize, out: &mut CudaTensor) -> Result<()> {
+        let (from, to) = (*x.layout(), *out.layout());
+        if from.rows != to.rows {
+            return Err(Error::shape(
+                "slice_columns: rows of the output",
+                from.rows,
+                to.rows,
+            ));
+        }
+        let end = first.checked_add(to.cols).filter(|&end| end <= from.cols);
+        let Some(end) = end else {
+            return Err(Error::shape(
+                "slice_columns",
+                format_args!("columns within {}", from.cols),
+                format_args!("{} from {first} on", to.cols),
+            ));
+        };
+        if from.rows == 0 || to.cols == 0 {
+            return Ok(());
+        }
+        let size = from.dtype.size();
+        let last = ((from.rows - 1) * from.stride + end) * size;
+        let part = RowLayout {
+            cols: to.cols,
+            ..from
+        };
+        let rows = Rows::new(x.as_ref()?.range(first * size..last)?, part)?;
+        super::gather_rows(&self.kernels, &self.stream, rows, None, 0, out.rows_mut()?)
+    }
+
+    fn add_bias(&mut self, bias: &CudaVector, x: &mut CudaTensor) -> Result<()> {
+        let bias = self.vector_view(bias);
+        super::add_bias(&self.kernels, &self.stream, bias, x.rows_mut()?)
+    }
+
+    fn records(
+        &mut self,
+        logits: &CudaTensor,
+        first_id: usize,
+        wanted: &[WantedRecord<'_>],
+    ) -> Result<Vec<u32>> {
+        let (kernels, stream, pool) = (&self.kernels, &self.stream, &self.pool);
+        super::sampling_records(kernels, stream, pool, logits.rows()?, first_id, wanted)
+    }
+
+    fn read(&mut self, tensor: &CudaTensor) -> Result<Vec<f32>> {
+        let mut bytes = vec![0_u8; tensor.as_ref()?.len()];
+        self.stream.download(tensor.as_ref()?, &mut bytes)?;
+        let layout = tensor.layout();
+        let host = HostMatrix::new(&bytes, layout.dtype, layout.rows, layout.cols)?;
+        let mut values = vec![0.0; layout.rows * layout.cols];
+        for (row, values) in values.chunks_exact_mut(layout.cols.max(1)).enumerate() {
+            host.row_f32(row, values);
+        }
+        Ok(values)
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.stream.synchronize()
+    }
+}

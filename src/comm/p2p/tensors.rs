@@ -1,0 +1,81 @@
+//! Ranks on devices as a model sees them: collectives on tensors of the CUDA backend.
+
+use super::P2pComm;
+use crate::backend::cuda::{CudaBackend, CudaTensor};
+use crate::comm::Communicator;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// A backend whose stream is not the handle's would race with the collectives.
+fn same_stream(comm: &P2pComm, backend: &CudaBackend) -> Result<()> {
+    if backend.stream().as_raw() == comm.stream().as_raw() {
+        return Ok(());
+    }
+    Err(Error::shape(
+        "stream of the backend",
+        "that of the rank's P2pComm",
+        "another one",
+    ))
+}
+
+impl Communicator<CudaBackend> for P2pComm {
+    fn rank(&self) -> usize {
+        P2pComm::rank(self)
+    }
+
+    fn world_size(&self) -> usize {
+        P2pComm::world_size(self)
+    }
+
+    fn all_reduce(&mut self, backend: &mut CudaBackend, x: &mut CudaTensor) -> Result<()> {
+        same_stream(self, backend)?;
+        let dtype = x.layout().dtype;
+        P2pComm::all_reduce(self, dtype, &mut x.as_mut()?)
+    }
+
+    fn all_gather_columns(
+        &mut self,
+        backend: &mut CudaBackend,
+        x: &CudaTensor,
+        widths: &[usize],
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        same_stream(self, backend)?;
+        let (from, to) = (*x.layout(), *out.layout());
+        let total: usize = widths.iter().sum();
+        if (to.rows, to.cols, to.dtype) != (from.rows, total, from.dtype) {
+            return Err(Error::shape(
+                "all_gather_columns: output",
+                format_args!("[{}, {total}] of {}", from.rows, from.dtype),
+                format_args!("[{}, {}] of {}", to.rows, to.cols, to.dtype),
+            ));
+        }
+        let input = x.as_ref()?;
+        P2pComm::all_gather_columns(
+            self,
+            from.dtype,
+            from.rows,
+            widths,
+            input,
+            &mut out.as_mut()?,
+        )
+    }
+
+    fn all_gather_words(&mut self, backend: &mut CudaBackend, words: &[u32]) -> Result<Vec<u32>> {
+        same_stream(self, backend)?;
+        let (stream, pool) = (backend.stream(), backend.pool());
+        let input = pool.upload(words, stream)?;
+        let mut all = vec![0; words.len() * P2pComm::world_size(self)];
+        let mut out = pool.buffer(size_of_val(all.as_slice()))?;
+        // As many bits as words have; nothing is computed with them.
+        self.all_gather(DType::F32, input.as_ref(), &mut out.as_mut())?;
+        // What went wrong on a device is said here; the copy that follows finds the stream idle.
+        self.synchronize()?;
+        stream.download(out.as_ref(), &mut all)?;
+        Ok(all)
+    }
+
+    fn abort(&mut self, cause: &str) {
+        P2pComm::abort(self, cause);
+    }
+}

@@ -1,0 +1,317 @@
+//! Llama on virtual devices: the layers are the CPU's, the backend and the collectives are not. The
+//! logits in f32 and the greedy ids are those of the CPU, at every number of ranks; in bf16 and
+//! f16 the error is at most twice that of transformers in that type.
+//!
+//! CI takes some of the fixtures; `RINGTP_ALL_FIXTURES=1` takes all of them, at every number of
+//! ranks that is valid.
+#![cfg(feature = "cuda")]
+
+mod model_support;
+mod p2p_support;
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use model_support::{Result, batch, fixture, open};
+use ringtp::backend::cuda::CudaBackend;
+use ringtp::checkpoint::Checkpoint;
+use ringtp::comm::p2p::P2pComm;
+use ringtp::layers::Rank;
+use ringtp::llama::{Group, GroupOptions, LoadOptions, Model, SampleRow, select};
+use ringtp::{DType, Error};
+use safetensors::SafeTensors;
+
+test_driver::also_on_a_real_driver!();
+
+/// Greatest error of f32 logits, over their range.
+const TOLERANCE: f32 = 1e-4;
+
+/// Biases, grouped and single heads, heads and widths that are no multiple of anything, tied
+/// weights with an odd vocabulary, one kind of rope; each with the numbers of ranks that CI runs.
+const SELECTION: [(&str, &[usize]); 6] = [
+    ("gqa_8_2", &[1, 2]),
+    ("odd_sizes", &[1, 3]),
+    ("biases_tied", &[2]),
+    ("tied_odd_vocab", &[2]),
+    ("mqa_24_1", &[4]),
+    ("rope_llama3", &[1]),
+];
+const RANKS: [usize; 6] = [1, 2, 3, 4, 6, 8];
+
+/// Steps after the prompt.
+const STEPS: usize = 4;
+const BLOCK_SIZE: usize = 16;
+
+fn everything() -> bool {
+    std::env::var_os("RINGTP_ALL_FIXTURES").is_some()
+}
+
+/// Logits of all rows of the prompt, and the greedy continuation.
+#[derive(Clone, Debug, PartialEq)]
+struct Run {
+    logits: Vec<f32>,
+    greedy: Vec<u32>,
+}
+
+struct Golden {
+    ids: Vec<u32>,
+    logits: Vec<f32>,
+    in_storage_type: Option<(DType, Vec<f32>)>,
+}
+
+impl Golden {
+    fn read(dir: &Path) -> Result<Self> {
+        let bytes = fs::read(dir.join("golden.safetensors"))?;
+        let tensors = SafeTensors::deserialize(&bytes)?;
+        let floats = |name: &str| -> Result<Vec<f32>> {
+            let view = tensors.tensor(name)?;
+            Ok(bytemuck::pod_collect_to_vec(view.data()))
+        };
+        let ids: Vec<i64> = bytemuck::pod_collect_to_vec(tensors.tensor("ids")?.data());
+        let stored = [("logits_bf16", DType::Bf16), ("logits_f16", DType::F16)];
+        let stored = stored.iter().find(|(name, _)| tensors.tensor(name).is_ok());
+        Ok(Self {
+            ids: ids.into_iter().map(|id| id as u32).collect(),
+            logits: floats("logits")?,
+            in_storage_type: match stored {
+                Some(&(name, dtype)) => Some((dtype, floats(name)?)),
+                None => None,
+            },
+        })
+    }
+}
+
+/// Blocks in reverse, and not from the first: the tables are what counts.
+fn table(positions: usize) -> Vec<u32> {
+    (1..=positions.div_ceil(BLOCK_SIZE) as u32).rev().collect()
+}
+
+/// As an engine with threads of its own would: `Model::forward` on every rank.
+fn on_devices(checkpoint: &Checkpoint, ids: &[u32], tp: usize, dtype: DType) -> Vec<Run> {
+    let (_group, comms) = p2p_support::group(tp, p2p_support::options());
+    p2p_support::run(comms, |rank| {
+        run_rank(checkpoint, ids, &mut rank.comm, dtype).expect("a rank runs")
+    })
+}
+
+fn run_rank(
+    checkpoint: &Checkpoint,
+    ids: &[u32],
+    comm: &mut P2pComm,
+    dtype: DType,
+) -> ringtp::Result<Run> {
+    let mut backend = CudaBackend::new(comm.stream().clone(), dtype)?;
+    let mut rank = Rank {
+        backend: &mut backend,
+        comm,
+    };
+    let options = LoadOptions {
+        dtype,
+        tp_invariant: false,
+    };
+    let mut model = Model::load(&mut rank, checkpoint, options, &|_| {})?;
+    let table = table(ids.len() + STEPS);
+    let mut kv = model.kv_cache(rank.backend, table.len() + 2, BLOCK_SIZE, dtype)?;
+
+    // The prompt in two chunks: the second attends to entries of the first.
+    let cut = ids.len() / 2;
+    let first = batch(&ids[..cut], 0, ids.len(), &table);
+    model.forward(&mut rank, &first, &mut kv)?;
+    let mut logits = model.gather_logits(&mut rank, cut)?;
+    let mut next = batch(&ids[cut..], cut, ids.len(), &table);
+    let mut greedy = Vec::new();
+    for step in 0..=STEPS {
+        let (local, head) = model.forward(&mut rank, &next, &mut kv)?;
+        let rows = next.logits_rows.len();
+        let sample = vec![SampleRow::greedy(); rows];
+        let tokens = select(&mut rank, head, local, &sample)?;
+        if step == 0 {
+            logits.extend(model.gather_logits(&mut rank, rows)?);
+        }
+        let token = *tokens.last().expect("a row");
+        greedy.push(token);
+        next = batch(&[token], ids.len() + step, ids.len(), &table);
+    }
+    Ok(Run { logits, greedy })
+}
+
+/// The same on the CPU, in f32.
+fn on_the_cpu(checkpoint: &Arc<Checkpoint>, ids: &[u32]) -> Result<Run> {
+    let options = GroupOptions {
+        dtype: Some(DType::F32),
+        ..Default::default()
+    };
+    let mut group = Group::load(checkpoint.clone(), options)?;
+    let table = table(ids.len() + STEPS);
+    let prompt = batch(ids, 0, ids.len(), &table);
+    let logits = group.forward(&prompt)?;
+    let (mut next, mut greedy) = (prompt, Vec::new());
+    for step in 0..=STEPS {
+        let sample = vec![SampleRow::greedy(); next.logits_rows.len()];
+        let tokens = group.step(&next, &sample)?;
+        let token = *tokens.last().ok_or("no row")?;
+        greedy.push(token);
+        next = batch(&[token], ids.len() + step, ids.len(), &table);
+    }
+    Ok(Run { logits, greedy })
+}
+
+/// The greatest difference; not a number in either makes it infinite.
+fn max_error(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len(), "number of logits");
+    let differences = found.iter().zip(expected).map(|(f, e)| (f - e).abs());
+    differences.fold(0.0, |worst, d| match d.is_nan() {
+        true => f32::INFINITY,
+        false => worst.max(d),
+    })
+}
+
+fn range(logits: &[f32]) -> f32 {
+    let least = logits.iter().copied().fold(f32::INFINITY, f32::min);
+    logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) - least
+}
+
+/// What to run: a selection, or everything.
+fn selection() -> Result<Vec<(String, Vec<usize>)>> {
+    if !everything() {
+        let selected = SELECTION.iter();
+        return Ok(selected
+            .map(|(name, ranks)| (name.to_string(), ranks.to_vec()))
+            .collect());
+    }
+    let mut all = Vec::new();
+    for entry in fs::read_dir(fixture("gqa_8_2").join(".."))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if !fixture(&name).join("golden.safetensors").is_file() {
+            continue;
+        }
+        let valid = open(&name)?.config().dims.valid_tp();
+        all.push((
+            name,
+            RANKS.into_iter().filter(|tp| valid.contains(tp)).collect(),
+        ));
+    }
+    all.sort();
+    Ok(all)
+}
+
+/// As many ids as CI has time for.
+fn some(ids: &[u32]) -> &[u32] {
+    &ids[..if everything() {
+        ids.len()
+    } else {
+        ids.len().min(21)
+    }]
+}
+
+#[test]
+fn f32_logits_and_greedy_ids_are_those_of_the_cpu() -> Result {
+    let Some(_driver) = test_driver::take() else {
+        return Ok(());
+    };
+    for (name, ranks) in selection()? {
+        let checkpoint = open(&name)?;
+        let golden = Golden::read(&fixture(&name))?;
+        let ids = some(&golden.ids);
+        let cpu = on_the_cpu(&checkpoint, ids)?;
+        for tp in ranks {
+            let runs = on_devices(&checkpoint, ids, tp, DType::F32);
+            let error = max_error(&runs[0].logits, &cpu.logits) / range(&cpu.logits);
+            println!("{name}, tp {tp}: error {error:.1e} of the range");
+            assert!(error < TOLERANCE, "{name}, tp {tp}: {error:e} of the range");
+            assert_eq!(runs[0].greedy, cpu.greedy, "{name}, tp {tp}");
+            for run in &runs[1..] {
+                assert_eq!(run, &runs[0], "{name}, tp {tp}: all ranks have the same");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn in_bf16_and_f16_the_error_is_at_most_twice_that_of_transformers() -> Result {
+    let Some(_driver) = test_driver::take() else {
+        return Ok(());
+    };
+    for (name, tp) in [("bf16", 2), ("f16", 1)] {
+        let golden = Golden::read(&fixture(name))?;
+        let (dtype, theirs) = golden.in_storage_type.as_ref().ok_or("figures")?;
+        let checkpoint = open(name)?;
+        let vocab = checkpoint.config().dims.vocab_size;
+        let ids = some(&golden.ids);
+        let reference = &golden.logits[..ids.len() * vocab];
+        let theirs = max_error(&theirs[..reference.len()], reference);
+        let runs = on_devices(&checkpoint, ids, tp, *dtype);
+        let ours = max_error(&runs[0].logits, reference);
+        println!("{name}, tp {tp}: error {ours:.1e}, transformers {theirs:.1e}");
+        let greatest = reference.iter().fold(0.0_f32, |m, l| m.max(l.abs()));
+        // Half the distance of neighbours, relative.
+        let rounding = match dtype {
+            DType::Bf16 => greatest * 2.0_f32.powi(-8),
+            _ => greatest * 2.0_f32.powi(-11),
+        };
+        assert!(
+            ours <= 2.0 * theirs + rounding,
+            "{name}: {ours:e} for {theirs:e}"
+        );
+    }
+    Ok(())
+}
+
+/// The control: another position of one chunk is seen.
+#[test]
+fn the_comparison_sees_another_token() -> Result {
+    let Some(_driver) = test_driver::take() else {
+        return Ok(());
+    };
+    let checkpoint = open("gqa_8_2")?;
+    let golden = Golden::read(&fixture("gqa_8_2"))?;
+    let mut ids = some(&golden.ids)[..6].to_vec();
+    let cpu = on_the_cpu(&checkpoint, &ids)?;
+    ids[1] = (ids[1] + 1) % 97;
+    let runs = on_devices(&checkpoint, &ids, 1, DType::F32);
+    let error = max_error(&runs[0].logits, &cpu.logits) / range(&cpu.logits);
+    assert!(error > 100.0 * TOLERANCE, "{error:e}");
+    Ok(())
+}
+
+#[test]
+fn weights_of_another_type_and_a_cache_that_does_not_fit_are_errors_that_say_so() -> Result {
+    let Some(_driver) = test_driver::take() else {
+        return Ok(());
+    };
+    let (_group, comms) = p2p_support::group(1, p2p_support::options());
+    let checkpoint = open("gqa_8_2")?;
+    p2p_support::run(comms, |rank| {
+        let stream = rank.comm.stream().clone();
+        let mut backend = CudaBackend::new(stream, DType::Bf16).expect("a backend");
+        let mut rank = Rank {
+            backend: &mut backend,
+            comm: &mut rank.comm,
+        };
+        let load = |rank: &mut Rank<'_, _, _>, dtype| {
+            let options = LoadOptions {
+                dtype,
+                tp_invariant: false,
+            };
+            Model::load(rank, &checkpoint, options, &|_| {})
+        };
+        let error = load(&mut rank, DType::F32).expect_err("activations are bf16");
+        assert!(error.to_string().contains("type of the weights"), "{error}");
+        let model = load(&mut rank, DType::Bf16).expect("it loads");
+        let cache = model.kv_cache(rank.backend, 1 << 40, 16, DType::Bf16);
+        let Err(Error::OutOfMemory(fault)) = cache else {
+            panic!("{cache:?}");
+        };
+        let words = fault.to_string();
+        for part in [
+            "KV cache",
+            "2 layers x 2 x 1099511627776 blocks",
+            "fewer blocks",
+        ] {
+            assert!(words.contains(part), "{part} in {words}");
+        }
+    });
+    Ok(())
+}
