@@ -40,6 +40,13 @@ impl LlmBuilder {
         self
     }
 
+    /// The CUDA device of each rank (one may have several), for a build with the feature `cuda`;
+    /// by default ranks are threads on the CPU.
+    pub fn devices(mut self, devices: impl Into<Option<Vec<usize>>>) -> Self {
+        self.group.devices = devices.into();
+        self
+    }
+
     /// The threads of all ranks together; by default one a core.
     pub fn threads(mut self, threads: impl Into<Option<usize>>) -> Self {
         self.group.threads = threads.into();

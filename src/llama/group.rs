@@ -5,9 +5,12 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SendError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::seat::Seat;
 use super::worker::{Command, Output, Reply, Setup, Work, serve};
 use super::{Batch, Limits, SampleRow};
 use crate::checkpoint::Checkpoint;
+#[cfg(feature = "cuda")]
+use crate::comm::p2p::{P2pGroup, P2pOptions};
 use crate::comm::{self, CommError, CommStats, TensorComm};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -48,6 +51,9 @@ pub struct GroupOptions {
     pub all_reduce: Option<String>,
     /// How long a rank waits for another.
     pub deadline: Duration,
+    /// The CUDA device of each rank; one may have several. By default ranks are threads on the CPU.
+    /// Needs the feature `cuda`.
+    pub devices: Option<Vec<usize>>,
     /// Told of the loading.
     pub progress: Option<Progress>,
     /// Told of every step.
@@ -67,6 +73,7 @@ impl Default for GroupOptions {
             num_blocks: None,
             all_reduce: None,
             deadline: comm::GroupOptions::default().deadline,
+            devices: None,
             progress: None,
             on_step: None,
         }
@@ -79,6 +86,7 @@ impl std::fmt::Debug for GroupOptions {
             .field("tp", &self.tp)
             .field("threads", &self.threads)
             .field("dtype", &self.dtype)
+            .field("devices", &self.devices)
             .finish_non_exhaustive()
     }
 }
@@ -112,6 +120,9 @@ pub struct Group {
     steps: u64,
     incarnations: u64,
     failed: Option<Error>,
+    /// Where ranks are on devices.
+    #[cfg(feature = "cuda")]
+    p2p: Option<P2pGroup>,
 }
 
 struct RankThread {
@@ -123,17 +134,18 @@ struct RankThread {
 }
 
 impl RankThread {
-    /// Lets the thread go on with a new end of the group; gives that back if it cannot.
-    fn rejoin(&mut self, comm: TensorComm) -> Option<TensorComm> {
+    /// Lets the thread go on, with a new end of the group where there is one. If it cannot, gives
+    /// that back.
+    fn rejoin(&mut self, seat: Option<Seat>) -> Result<(), Option<Seat>> {
         if self.busy {
-            return Some(comm);
+            return Err(seat);
         }
-        match self.commands.send(Command::Rejoin(comm)) {
+        match self.commands.send(Command::Rejoin(seat)) {
             Ok(()) => {
                 self.busy = true;
-                None
+                Ok(())
             }
-            Err(SendError(Command::Rejoin(comm))) => Some(comm),
+            Err(SendError(Command::Rejoin(seat))) => Err(seat),
             Err(SendError(Command::Run(_))) => unreachable!("what was sent comes back"),
         }
     }
@@ -157,6 +169,7 @@ impl Group {
                 rank: 0,
             },
             incarnation: 0,
+            rejoins: false,
             threads: (options.threads.unwrap_or(cores) / options.tp).max(1),
             dtype: options.dtype.unwrap_or(checkpoint.dtype()),
             tp_invariant: options.tp_invariant,
@@ -179,10 +192,12 @@ impl Group {
             steps: 0,
             incarnations: 0,
             failed: None,
+            #[cfg(feature = "cuda")]
+            p2p: None,
         };
-        for comm in group.communicators()? {
+        for seat in group.seats()? {
             let rank = group.ranks.len();
-            let thread = group.spawn(rank, comm)?;
+            let thread = group.spawn(rank, seat, false)?;
             group.ranks.push(thread);
         }
         group.collect()?;
@@ -252,11 +267,7 @@ impl Group {
         while let Ok(reply) = self.replies.try_recv() {
             self.answered(&reply);
         }
-        for (rank, comm) in self.communicators()?.into_iter().enumerate() {
-            if let Some(comm) = self.ranks[rank].rejoin(comm) {
-                self.ranks[rank] = self.spawn(rank, comm)?;
-            }
-        }
+        self.reseat()?;
         self.failed = None;
         self.collect().map(|_| ())
     }
@@ -344,6 +355,79 @@ impl Group {
         }
     }
 
+    /// The ranks' ends of a new group.
+    fn seats(&mut self) -> Result<Vec<Seat>> {
+        let Some(devices) = &self.options.devices else {
+            let comms = self.communicators()?;
+            return Ok(comms
+                .into_iter()
+                .map(|comm| Seat::Cpu(Box::new(comm)))
+                .collect());
+        };
+        if devices.len() != self.options.tp {
+            return Err(Error::input(
+                "devices",
+                format_args!("one for each of {} ranks", self.options.tp),
+                format_args!("{devices:?}"),
+                "name as many; one may be named several times",
+            ));
+        }
+        for (setting, set) in [
+            ("all_reduce", self.options.all_reduce.is_some()),
+            ("sequence_parallel", self.options.sequence_parallel),
+        ] {
+            if set {
+                return Err(Error::input(
+                    setting,
+                    "its default, where ranks are on devices",
+                    "another",
+                    "leave it out, or run on the CPU",
+                ));
+            }
+        }
+        #[cfg(feature = "cuda")]
+        {
+            let options = P2pOptions {
+                deadline: self.options.deadline,
+                ..Default::default()
+            };
+            let (group, comms) = P2pGroup::new(devices, options)?;
+            self.p2p = Some(group);
+            Ok(comms
+                .into_iter()
+                .map(|comm| Seat::Cuda(Box::new(comm)))
+                .collect())
+        }
+        #[cfg(not(feature = "cuda"))]
+        Err(Error::input(
+            "devices",
+            "none in a build without CUDA",
+            format_args!("{devices:?}"),
+            "build with the feature cuda, or leave them out",
+        ))
+    }
+
+    /// Gives every rank a place in the group made anew, and lost ones a new thread.
+    fn reseat(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(p2p) = self.p2p.clone() {
+            // Handles stay good; a lost rank gets a new one.
+            for rank in 0..self.ranks.len() {
+                if self.ranks[rank].rejoin(None).is_err() {
+                    let comm = p2p.rejoin(rank)?;
+                    self.ranks[rank] = self.spawn(rank, Seat::Cuda(Box::new(comm)), true)?;
+                }
+            }
+            return Ok(());
+        }
+        for (rank, comm) in self.communicators()?.into_iter().enumerate() {
+            if let Err(Some(seat)) = self.ranks[rank].rejoin(Some(Seat::Cpu(Box::new(comm)))) {
+                self.ranks[rank] = self.spawn(rank, seat, false)?;
+            }
+        }
+        Ok(())
+    }
+
     fn communicators(&self) -> Result<Vec<TensorComm>> {
         let name = self.options.all_reduce.as_deref().unwrap_or("auto");
         let algorithm = comm::by_name(name).map_err(|_| {
@@ -369,7 +453,7 @@ impl Group {
             .collect())
     }
 
-    fn spawn(&mut self, rank: usize, comm: TensorComm) -> Result<RankThread> {
+    fn spawn(&mut self, rank: usize, seat: Seat, rejoins: bool) -> Result<RankThread> {
         self.incarnations += 1;
         let setup = Setup {
             part: Partition {
@@ -377,13 +461,14 @@ impl Group {
                 ..self.setup.part
             },
             incarnation: self.incarnations,
+            rejoins,
             ..self.setup.clone()
         };
         let (commands, inbox) = mpsc::channel();
         let reply_to = self.reply_to.clone();
         let thread = thread::Builder::new()
             .name(format!("ringtp-rank-{rank}"))
-            .spawn(move || serve(setup, comm, inbox, &reply_to))
+            .spawn(move || serve(setup, seat, inbox, &reply_to))
             .map_err(|error| Error::input("ranks", "threads that start", error, "use fewer"))?;
         Ok(RankThread {
             commands,

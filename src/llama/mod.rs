@@ -11,6 +11,7 @@ mod model;
 mod rope;
 mod sample_row;
 pub mod sampling;
+mod seat;
 mod select;
 mod worker;
 

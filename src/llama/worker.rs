@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
 use super::group::{Progress, StepHook};
+use super::seat::{Member, Seat};
 use super::{Batch, KvCache, LoadOptions, Model, SampleRow, select};
-use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::Checkpoint;
-use crate::comm::{CommError, CommStats, Communicator, TensorComm};
+use crate::comm::{CommError, CommStats};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layers::{Partition, Rank};
@@ -18,8 +18,8 @@ use crate::layers::{Partition, Rank};
 pub(super) enum Command {
     /// One step.
     Run(Arc<Work>),
-    /// Go on with a new group.
-    Rejoin(TensorComm),
+    /// Go on with the group as it is made anew; with a new end of it, where there is one.
+    Rejoin(Option<Seat>),
 }
 
 /// One step, the same for all ranks.
@@ -56,6 +56,8 @@ pub(super) struct Setup {
     pub(super) checkpoint: Arc<Checkpoint>,
     pub(super) part: Partition,
     pub(super) incarnation: u64,
+    /// The thread stands in for a lost one, in a group that is being made anew.
+    pub(super) rejoins: bool,
     pub(super) threads: usize,
     pub(super) dtype: DType,
     pub(super) tp_invariant: bool,
@@ -66,22 +68,35 @@ pub(super) struct Setup {
     pub(super) on_step: Option<StepHook>,
 }
 
-struct Worker {
+struct Worker<C: Member> {
     setup: Setup,
-    backend: CpuBackend,
-    comm: TensorComm,
-    model: Model<CpuBackend>,
-    kv: KvCache<CpuBackend>,
+    backend: C::Backend,
+    comm: C,
+    model: Model<C::Backend>,
+    kv: KvCache<C::Backend>,
 }
 
 /// Loads the rank's part, then serves commands until the group is dropped.
 pub(super) fn serve(
     setup: Setup,
-    mut comm: TensorComm,
+    seat: Seat,
     commands: Receiver<Command>,
     replies: &Sender<Reply>,
 ) {
-    let reply = |comm: &TensorComm, result| {
+    match seat {
+        Seat::Cpu(comm) => serve_on(setup, *comm, commands, replies),
+        #[cfg(feature = "cuda")]
+        Seat::Cuda(comm) => serve_on(setup, *comm, commands, replies),
+    }
+}
+
+fn serve_on<C: Member>(
+    setup: Setup,
+    mut comm: C,
+    commands: Receiver<Command>,
+    replies: &Sender<Reply>,
+) {
+    let reply = |comm: &C, result| {
         let Partition { rank, .. } = setup.part;
         let incarnation = setup.incarnation;
         // A group that is gone needs no reply.
@@ -112,10 +127,10 @@ pub(super) fn serve(
     };
     while let Ok(command) = commands.recv() {
         let result = match command {
-            Command::Rejoin(comm) => {
-                worker.comm = comm;
+            Command::Rejoin(seat) => guarded(setup.part.rank, || {
+                worker.comm.rejoin(seat)?;
                 Ok(Output::Ready)
-            }
+            }),
             Command::Run(work) => {
                 let result = guarded(setup.part.rank, || worker.run(&work));
                 if let Err(error) = &result
@@ -133,8 +148,8 @@ pub(super) fn serve(
 }
 
 /// Ends the group because of `error`; what names this rank already need not say so twice.
-fn abort(comm: &mut TensorComm, error: &Error) {
-    let me = Communicator::<CpuBackend>::rank(comm);
+fn abort<C: Member>(comm: &mut C, error: &Error) {
+    let me = comm.rank();
     match error {
         Error::Comm(CommError::RankFailed { rank, cause }) if *rank == me => comm.abort(cause),
         error => comm.abort(&error.to_string()),
@@ -156,11 +171,15 @@ fn panic_message(panic: &(dyn Any + Send)) -> &str {
         .unwrap_or("(no message)")
 }
 
-fn load(
-    setup: &Setup,
-    comm: &mut TensorComm,
-) -> Result<(CpuBackend, Model<CpuBackend>, KvCache<CpuBackend>)> {
-    let mut backend = CpuBackend::new(setup.threads)?;
+/// What a rank computes with.
+type Loaded<B> = (B, Model<B>, KvCache<B>);
+
+fn load<C: Member>(setup: &Setup, comm: &mut C) -> Result<Loaded<C::Backend>> {
+    if setup.rejoins {
+        // Before anything else: the others wait for it.
+        comm.rejoin(None)?;
+    }
+    let mut backend = comm.backend(setup)?;
     let progress = |bytes| {
         if let Some(progress) = &setup.progress {
             progress(bytes);
@@ -185,7 +204,7 @@ fn load(
     Ok((backend, model, kv))
 }
 
-impl Worker {
+impl<C: Member> Worker<C> {
     fn run(&mut self, work: &Work) -> Result<Output> {
         if let Some(on_step) = &self.setup.on_step {
             on_step(self.setup.part.rank, work.step);

@@ -76,6 +76,15 @@ pub(crate) struct GenerateArgs {
     pub(crate) json: bool,
 }
 
+/// Where ranks run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Device {
+    /// Threads on the host
+    Cpu,
+    /// A CUDA device each
+    Cuda,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ModelArgs {
     /// The model directory
@@ -90,6 +99,24 @@ pub(crate) struct ModelArgs {
         help_heading = "Execution"
     )]
     pub(crate) tp: usize,
+    /// Where the ranks run; cuda is devices 0, 1 and so on, and needs a build with the feature
+    #[arg(
+        long,
+        value_enum,
+        value_name = "DEVICE",
+        default_value_t = Device::Cpu,
+        help_heading = "Execution"
+    )]
+    pub(crate) device: Device,
+    /// The CUDA device of each rank, such as 0,0,1; sets --tp and --device
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "LIST",
+        conflicts_with = "tp",
+        help_heading = "Execution"
+    )]
+    pub(crate) devices: Vec<usize>,
     /// How weights and KV cache are stored; auto is as in the checkpoint. Sums are f32 always
     #[arg(
         long,
@@ -130,8 +157,14 @@ pub(crate) struct ModelArgs {
 
 impl ModelArgs {
     pub(crate) fn builder(&self) -> LlmBuilder {
+        let devices = match self.device {
+            _ if !self.devices.is_empty() => Some(self.devices.clone()),
+            Device::Cuda => Some((0..self.tp).collect()),
+            Device::Cpu => None,
+        };
         let builder = Llm::builder(&self.model)
-            .tp(self.tp)
+            .tp(devices.as_ref().map_or(self.tp, Vec::len))
+            .devices(devices)
             .dtype(self.dtype.0)
             .tp_invariant(self.tp_invariant)
             .sequence_parallel(self.sequence_parallel)
