@@ -11,9 +11,16 @@
 //! installed. `RINGTP_DRIVER` chooses: `vgpu`, `real`, or `both`, which makes a missing driver an
 //! error; unset is `vgpu`, plus `real` where present.
 //!
+//! **Counts.** `Taken::count` begins to count what kernels and copies do, `Taken::report` gives the
+//! counts: instructions, bytes, sectors, bank conflicts, synchronisation, traffic over links.
+//!
 //! What a machine lacks is never left out in silence: `Taken::has_devices` prints SKIPPED.
 
 #![cfg(all(feature = "vgpu", target_os = "linux"))]
+
+// The same lines as in the virtual GPU, which writes what is read here.
+#[path = "../../vgpu/src/report/shape.rs"]
+pub mod report;
 
 use std::ffi::{CStr, c_char, c_void};
 use std::io::Write;
@@ -29,7 +36,7 @@ const AGAIN: &str = "RINGTP_TEST_AGAIN";
 /// Set for the process of [`in_a_child`].
 const CHILD: &str = "RINGTP_TEST_IN_A_CHILD";
 
-type TakeFindings = unsafe extern "C" fn(*mut c_char, usize, *mut usize) -> u32;
+type TakeText = unsafe extern "C" fn(*mut c_char, usize, *mut usize) -> u32;
 
 /// Says that something was left out and why, also where the test harness keeps what tests print to
 /// itself.
@@ -38,14 +45,16 @@ pub fn skipped(why: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
 }
 
-/// A function that the loaded driver has only if it is the virtual one.
-fn take_findings() -> Option<TakeFindings> {
-    let name = c"vgpuTakeFindings";
+/// The address of a function that the loaded driver has only if it is the virtual one.
+fn extra(name: &CStr) -> Option<*mut c_void> {
     // SAFETY: the name ends in zero.
     let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    (!address.is_null()).then_some(address)
+}
+
+fn take_findings() -> Option<TakeText> {
     // SAFETY: the virtual GPU exports this name with this type.
-    (!address.is_null())
-        .then(|| unsafe { std::mem::transmute::<*mut c_void, TakeFindings>(address) })
+    extra(c"vgpuTakeFindings").map(|f| unsafe { std::mem::transmute::<*mut c_void, TakeText>(f) })
 }
 
 /// Whether the driver of this process is the virtual one.
@@ -95,6 +104,58 @@ impl Taken {
     /// What the virtual GPU found since the last time; nothing on a real driver.
     pub fn findings(&self) -> Vec<String> {
         findings()
+    }
+
+    /// Begins to count what kernels and copies do, from nothing. False on a real driver, which
+    /// does not count.
+    pub fn count(&self) -> bool {
+        let Some(set) = extra(c"vgpuSetReport") else {
+            return false;
+        };
+        // SAFETY: the virtual GPU exports this name with this type.
+        let set = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(u32) -> u32>(set) };
+        assert_eq!(set(1), 0, "vgpuSetReport");
+        true
+    }
+
+    /// What was counted since [`count`](Self::count), or since the last report. Panics if counting
+    /// was not begun.
+    pub fn report(&self) -> report::Report {
+        let take = extra(c"vgpuTakeReport").expect("count() gave true");
+        // SAFETY: the virtual GPU exports this name with this type.
+        let take = unsafe { std::mem::transmute::<*mut c_void, TakeText>(take) };
+        let (mut text, mut length) = (Vec::<u8>::new(), 1 << 16);
+        // With too little room nothing is taken.
+        while text.len() < length {
+            text.resize(length, 0);
+            // SAFETY: writes at most that many bytes, and one number.
+            let code = unsafe { take(text.as_mut_ptr().cast(), text.len(), &mut length) };
+            assert_eq!(code, 0, "vgpuTakeReport");
+        }
+        serde_json::from_slice(&text[..length - 1]).expect("a report")
+    }
+
+    /// What kernels have done to a part of an allocation since counting began: for one that holds
+    /// several tensors. It begins and ends at multiples of 4. Takes nothing.
+    pub fn touched(&self, address: u64, bytes: u64) -> report::Touched {
+        type Count = unsafe extern "C" fn(u64, u64, *mut [u64; 4]) -> u32;
+        let count = extra(c"vgpuCountBytes").expect("count() gave true");
+        // SAFETY: the virtual GPU exports this name with this type.
+        let count = unsafe { std::mem::transmute::<*mut c_void, Count>(count) };
+        let mut counts = [0; 4];
+        // SAFETY: writes four numbers.
+        let code = unsafe { count(address, bytes, &mut counts) };
+        assert_eq!(code, 0, "vgpuCountBytes({address:#x}, {bytes})");
+        let [read, read_distinct, written, written_distinct] = counts;
+        report::Touched {
+            address,
+            bytes,
+            device: None,
+            read,
+            read_distinct,
+            written,
+            written_distinct,
+        }
     }
 
     /// Whether the driver has `wanted` devices, given how many there are; prints SKIPPED if not.

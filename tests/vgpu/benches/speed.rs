@@ -1,8 +1,8 @@
 //! How fast kernels run with all checks on: `cargo bench -p vgpu --bench speed [-- name …]`.
 //!
 //! Prints lane-instructions a second (one instruction of one thread) on one core, the best of
-//! several runs, for a mix of kernels; and the same without the race check, which is where the
-//! time goes. Time is that of the thread, so that other tenants of the machine count little. The
+//! several runs, for a mix of kernels; the same without the race check, which is where the time
+//! goes; and with counting on top of all checks. Time is that of the thread, so that other tenants of the machine count little. The
 //! results are compared with what they must be.
 
 #[path = "../tests/kernels/gpu.rs"]
@@ -103,7 +103,7 @@ fn reduce(gpu: &mut Gpu) -> f64 {
     let args = [out, at, Arg::Int(n as i32)];
     let seconds = launch(gpu, "reduce", [32, 1, 1], 256, &args);
     let found: f64 = gpu.get::<f32>(out, 32).iter().map(|&x| f64::from(x)).sum();
-    assert_eq!(found, x.iter().map(|&x| f64::from(x)).sum());
+    assert_eq!(found, x.iter().map(|&x| f64::from(x)).sum::<f64>());
     seconds
 }
 
@@ -150,7 +150,7 @@ fn ring(gpu: &mut Gpu) -> f64 {
 }
 
 /// Millions of lane-instructions a second, the best of the runs, and how many there were.
-fn rate(module: &Module, case: Case, checks: &[Kind]) -> (f64, u64) {
+fn rate(module: &Module, case: Case, checks: &[Kind], counted: bool) -> (f64, u64) {
     let mut best = 0f64;
     let mut count = 0;
     for _ in 0..RUNS {
@@ -159,6 +159,7 @@ fn rate(module: &Module, case: Case, checks: &[Kind]) -> (f64, u64) {
             ..Config::default()
         };
         let mut gpu = Gpu::with(module, config);
+        gpu.rig.machine.world.report = counted.then(Box::default);
         let seconds = case(&mut gpu);
         count = gpu.rig.machine.world.lane_instructions;
         best = best.max(count as f64 / seconds / 1e6);
@@ -176,17 +177,18 @@ fn main() {
     let without: Vec<Kind> = Kind::ALL.into_iter().filter(|&k| k != Kind::Race).collect();
     println!("million lane-instructions a second on one core, best of {RUNS}");
     println!(
-        "{:12} {:>12} {:>14} {:>12}",
-        "kernel", "all checks", "without races", "instructions"
+        "{:12} {:>12} {:>14} {:>12} {:>12}",
+        "kernel", "all checks", "without races", "counted too", "instructions"
     );
     let mut slowest = f64::INFINITY;
     for (name, case) in CASES {
         if !wanted.is_empty() && !wanted.iter().any(|w| w == name) {
             continue;
         }
-        let (all, count) = rate(&module, case, &Kind::ALL);
-        let (some, _) = rate(&module, case, &without);
-        println!("{name:12} {all:12.0} {some:14.0} {count:12}");
+        let (all, count) = rate(&module, case, &Kind::ALL, false);
+        let (some, _) = rate(&module, case, &without, false);
+        let (counted, _) = rate(&module, case, &Kind::ALL, true);
+        println!("{name:12} {all:12.0} {some:14.0} {counted:12.0} {count:12}");
         slowest = slowest.min(all);
     }
     println!("slowest: {slowest:.0}");

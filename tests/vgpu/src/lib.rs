@@ -17,4 +17,5 @@ pub mod program;
 pub mod ptx;
 pub mod race;
 pub mod registers;
+pub mod report;
 pub mod rig;

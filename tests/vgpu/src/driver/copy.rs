@@ -9,6 +9,7 @@ use super::status::{In, Out, Outcome, Status};
 use super::{Driver, Guard, Handle, api, explain, wait_for};
 use crate::finding::Fault;
 use crate::machine::{Command, World};
+use crate::memory::Memory;
 
 /// Nothing of a process lies below: an offset from a null pointer.
 const LOWEST: u64 = 4096;
@@ -27,6 +28,12 @@ impl End {
         match self {
             End::Device(at) | End::Host(at) => at,
         }
+    }
+
+    /// The device whose memory it is; none for memory of the host.
+    fn device(self, memory: &Memory) -> Option<u32> {
+        let (_, allocation) = memory.containing(self.address())?;
+        (!allocation.region.is_host()).then_some(allocation.device)
     }
 
     fn offset(self, bytes: u64) -> Self {
@@ -134,6 +141,10 @@ impl Copy {
         }
         Ok(Command::Work(Box::new(move |world: &mut World| {
             let failed = |_| Fault::IllegalAddress;
+            if let Some(report) = &mut world.report {
+                let [from, to] = [self.from.end, self.to.end].map(|end| end.device(&world.memory));
+                report.copied(&world.memory, from, to, self.extent.iter().product());
+            }
             for (n, (y, z)) in self.rows().enumerate() {
                 match (self.to.at(y, z), self.from.at(y, z)) {
                     (End::Device(to), End::Device(from)) => {

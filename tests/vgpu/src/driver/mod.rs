@@ -21,6 +21,7 @@ mod peer;
 mod pool;
 mod programs;
 mod refused;
+mod report;
 mod status;
 mod stream;
 
@@ -226,6 +227,9 @@ impl Driver {
             for device in &mut machine.devices {
                 device.properties.memory = bytes;
             }
+        }
+        if report::wanted().is_some() {
+            machine.world.report = Some(Box::default());
         }
         Self {
             machine,
@@ -453,6 +457,7 @@ fn tables() -> Vec<Vec<entry::Function>> {
         peer::table(),
         pool::table(),
         refused::table(),
+        report::table(),
         stream::table(),
         table(),
     ]
@@ -529,6 +534,7 @@ extern "C" fn at_exit() {
         return;
     };
     driver.show();
+    driver.write_report();
     let left = driver.machine.world.findings.list().count();
     if left > 0 {
         eprintln!("vgpu: {left} findings; the process exits with status {EXIT}");

@@ -164,6 +164,9 @@ impl Machine {
             let Some(done) = barriers.complete(id, &resident.existing, &resident.live) else {
                 continue;
             };
+            if let Some(report) = &mut self.world.report {
+                report.barrier(&resident.launch);
+            }
             race::barrier(
                 resident.block.uid,
                 &mut resident.warps,
@@ -207,6 +210,9 @@ impl Machine {
             stream.clock.join(&grid.clock);
             stream.clock.tick(grid.stream.0);
             stream.clock.prune(&self.world.memory.race);
+            if let Some(report) = &mut self.world.report {
+                report.end(&grid.launch);
+            }
         }
     }
 
@@ -217,6 +223,9 @@ impl Machine {
             let gone = streams.contains(&grid.stream);
             if gone {
                 grids.push(id);
+                if let Some(report) = &mut self.world.report {
+                    report.end(&grid.launch);
+                }
             }
             !gone
         });

@@ -136,6 +136,7 @@ impl Machine {
                 lane_instructions: 0,
                 output: Vec::new(),
                 notices: Vec::new(),
+                report: None,
             },
             devices,
             streams: BTreeMap::new(),

@@ -27,6 +27,7 @@ use crate::memory::{Data, LaneMemory, Memory, SharedMemory};
 use crate::program::{BarrierResult, Kernel, Op};
 use crate::race::{BlockClock, LaunchClock};
 use crate::registers::{LANES, Lanes, Lanes64, Registers};
+use crate::report::Counter;
 
 /// A kernel on its way through the machine.
 pub struct Launch {
@@ -102,6 +103,8 @@ pub struct World {
     pub output: Vec<u8>,
     /// What the program should be told that is no finding.
     pub notices: Vec<String>,
+    /// Counts what kernels and copies do, where that is wanted.
+    pub report: Option<Box<Counter>>,
 }
 
 /// What lanes hand each other in a warp-wide operation.

@@ -15,6 +15,7 @@ use crate::memory::LaneMemory;
 use crate::program::{Action, BarrierResult, Op, Step, WarpSync};
 use crate::race::{self, WarpClock};
 use crate::registers::{FULL, LANES, Lanes, Registers, lanes};
+use crate::report::Waits;
 
 /// Backward jumps a group may take while others of its warp could run.
 const PATIENCE: u32 = 32;
@@ -110,6 +111,8 @@ pub struct Warp {
     pub tid: [Lanes; 3],
     /// The last strong read.
     pub(crate) polled: Option<Polled>,
+    /// Strong reads since its lanes did anything else, where they are counted.
+    pub(crate) waits: Waits,
     /// Virtual time before which it does not go on, whatever else it could do.
     pub(super) rest_until: u64,
     /// Where a schedule by priorities has it.
@@ -152,6 +155,7 @@ impl Warp {
             lane_instructions: 0,
             tid,
             polled: None,
+            waits: Waits::default(),
             rest_until: 0,
             priority: 0,
             stop_at_back_jump: false,
@@ -259,6 +263,7 @@ impl Warp {
             });
             self.groups[at].wait = Wait::No;
             self.groups[at].pc += 1;
+            self.waits.forget(group.mask);
         }
         self.merge();
     }
@@ -280,7 +285,10 @@ impl Warp {
                 }
             }
             match self.pick() {
-                Some(at) => self.run_group(at, launch, block, world, &mut left)?,
+                Some(at) if world.report.is_some() => {
+                    self.run_group::<true>(at, launch, block, world, &mut left)?;
+                }
+                Some(at) => self.run_group::<false>(at, launch, block, world, &mut left)?,
                 None if self.groups.iter().any(|g| g.wait == Wait::Lanes) => {
                     // Whoever could still come is here, asleep, or at a barrier of the block.
                     if !self.meet(launch, block, world)? {
@@ -377,8 +385,9 @@ impl Warp {
         result
     }
 
-    /// Runs one group until it ends, waits, splits, meets another, or the budget is used.
-    fn run_group(
+    /// Runs one group until it ends, waits, splits, meets another, or the budget is used; counts
+    /// its instructions on the way if that is wanted.
+    fn run_group<const COUNT: bool>(
         &mut self,
         at: usize,
         launch: &Launch,
@@ -402,6 +411,9 @@ impl Warp {
             .expect("a group has a frame");
         let mut exchange = self.exchange.take().expect("nobody else holds it");
         let function = &launch.kernel.functions[frame.function];
+        if COUNT && let Some(report) = &mut world.report {
+            report.select(launch, frame.function);
+        }
         let all = group.mask;
         let stop = self.stop_at_back_jump;
         let mut pc = group.pc;
@@ -466,6 +478,9 @@ impl Warp {
                     continue;
                 }
                 lane_instructions += u64::from(mask.count_ones());
+                if COUNT && let Some(report) = &mut cx.world.report {
+                    report.executed(pc, mask);
+                }
                 cx.mask = mask;
                 match &op.action {
                     Action::Plain(run) => match run(&mut cx) {

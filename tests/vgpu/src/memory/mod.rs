@@ -125,12 +125,20 @@ impl Data {
 
 /// Loads for the lanes of the access; the other lanes of `data` are left as they are.
 pub fn load(cx: &mut Cx, access: &Access, data: &mut Data) -> Result<(), Fault> {
-    space::load(cx, access, data)
+    space::load(cx, access, data)?;
+    if let Some(report) = &mut cx.world.report {
+        report.load(&cx.world.memory, &mut cx.warp.waits, cx.op.id, access);
+    }
+    Ok(())
 }
 
 /// Stores for the lanes of the access.
 pub fn store(cx: &mut Cx, access: &Access, data: &Data) -> Result<(), Fault> {
-    space::store(cx, access, data)
+    space::store(cx, access, data)?;
+    if let Some(report) = &mut cx.world.report {
+        report.store(&cx.world.memory, &mut cx.warp.waits, access);
+    }
+    Ok(())
 }
 
 /// An atomic read-modify-write for the lanes of the access, one lane after the other: `update`
@@ -142,11 +150,19 @@ pub fn atomic(
     old: &mut Data,
     update: &mut dyn FnMut(usize, u64) -> Option<u64>,
 ) -> Result<(), Fault> {
-    space::atomic(cx, access, old, update)
+    space::atomic(cx, access, old, update)?;
+    if let Some(report) = &mut cx.world.report {
+        report.atomic(&cx.world.memory, &mut cx.warp.waits, access);
+    }
+    Ok(())
 }
 
 /// A fence by the lanes of `cx.mask`.
 pub fn fence(cx: &mut Cx, order: Order, scope: Scope) {
+    if let Some(report) = &mut cx.world.report {
+        report.fence(cx.mask, order, scope);
+        cx.warp.waits.forget(cx.mask);
+    }
     let race = &mut cx.world.memory.race;
     if !race.is_on() {
         return;

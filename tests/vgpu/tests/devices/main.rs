@@ -4,6 +4,7 @@
 mod child;
 mod clean;
 mod compile;
+mod counts;
 mod cuda;
 mod mutants;
 mod node;

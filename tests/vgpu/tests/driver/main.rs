@@ -11,4 +11,5 @@ mod memory;
 mod modules;
 mod programs;
 mod random;
+mod report;
 mod symbols;
