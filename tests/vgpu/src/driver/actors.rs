@@ -15,7 +15,10 @@
 //!   threads run from the start.
 //! - A thread that stays busy longer than a grace, measured in its own processor time, is no
 //!   longer waited for, until it sleeps or calls the driver. What the devices do meanwhile
-//!   depends on the clock on the wall: the run is marked as one that cannot be replayed.
+//!   depends on the clock on the wall: the run is marked as one that cannot be replayed. Time
+//!   passes slowly for them meanwhile: the virtual clock leaps no further than a part of the
+//!   processor time that the thread uses, so that a kernel's deadline says something about the
+//!   thread it waits for, and nothing about how busy the machine is.
 //! - A question about progress (`cuStreamQuery`) waits for the answer yes or for a number of the
 //!   devices' turns, by the same rule: a loop of such questions runs the same each time.
 //! - A deadlock is declared when the devices cannot advance and every thread waits inside the
@@ -26,7 +29,7 @@
 //! marked); and what two threads do to the same device between two waits happens in the order in
 //! which they come to the lock.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar};
@@ -35,10 +38,15 @@ use std::time::{Duration, Instant};
 use super::{Driver, Guard, lock};
 use crate::machine::{EventId, Progress, StreamId};
 
-/// Processor time that a thread outside the driver may use before the devices go on without it,
-/// and time on the wall (a busy machine may not let it run).
-const GRACE: Duration = Duration::from_millis(100);
-const GRACE_ON_THE_WALL: Duration = Duration::from_secs(5);
+/// Processor time that a thread outside the driver may use before the devices go on without it:
+/// one that has used the driver will do so again, another perhaps never. And time on the wall, for
+/// a thread that cannot run at all.
+const GRACE: Duration = Duration::from_secs(1);
+const GRACE_OF_STRANGERS: Duration = Duration::from_millis(100);
+const GRACE_ON_THE_WALL: Duration = Duration::from_secs(20);
+/// How much slower the clock of devices that go on without a busy thread leaps than that thread
+/// uses processor time.
+const PACE: u32 = 10;
 /// How long nothing may advance before it is a deadlock: where every thread waits in the driver,
 /// where others sleep outside, and where others run.
 const STUCK_ALONE: Duration = Duration::from_millis(20);
@@ -86,9 +94,30 @@ pub(super) struct Actors {
     threads: BTreeMap<i32, Actor>,
     watcher: Option<i32>,
     /// Busy threads that are not waited for.
-    ignored: BTreeSet<i32>,
+    ignored: BTreeMap<i32, Ignored>,
     /// Why the run cannot be replayed.
     unreplayable: Option<String>,
+}
+
+/// When a thread began not to be waited for.
+struct Ignored {
+    /// In its own processor time, where the kernel counts it.
+    used: Option<Duration>,
+    since: Instant,
+    /// The virtual time.
+    clock: u64,
+}
+
+impl Ignored {
+    /// The virtual time up to which the clock may leap while the thread stays busy.
+    fn limit(&self, thread: i32) -> u64 {
+        let time = match (self.used, time_used(thread)) {
+            (Some(before), Some(now)) => now.saturating_sub(before),
+            _ => self.since.elapsed(),
+        };
+        let leap = u64::try_from((time / PACE).as_nanos()).unwrap_or(u64::MAX);
+        self.clock.saturating_add(leap)
+    }
 }
 
 /// A thread's entry, which goes with the thread.
@@ -221,6 +250,15 @@ impl Actors {
         }
     }
 
+    /// The virtual time up to which the clock may leap.
+    fn clock_limit(&self, outside: &Outside) -> u64 {
+        let Outside::Busy(busy) = outside else {
+            return u64::MAX;
+        };
+        let ignored = busy.iter().filter_map(|t| Some((t, self.ignored.get(t)?)));
+        ignored.map(|(&t, i)| i.limit(t)).min().unwrap_or(u64::MAX)
+    }
+
     /// Whether the run still depends on nothing but its seed.
     pub(super) fn is_replayable(&self) -> bool {
         self.unreplayable.is_none()
@@ -263,7 +301,8 @@ struct Watch {
 
 impl Watch {
     /// Whether the devices may go on; if not, somebody still runs.
-    fn is_quiet(&mut self, actors: &mut Actors, outside: &Outside) -> bool {
+    /// `clock` is the virtual time.
+    fn is_quiet(&mut self, actors: &mut Actors, outside: &Outside, clock: u64) -> bool {
         let Outside::Busy(busy) = outside else {
             self.busy.clear();
             return true;
@@ -278,12 +317,17 @@ impl Watch {
                 .busy
                 .entry(thread)
                 .or_insert_with(|| (Instant::now(), time_used(thread)));
-            if actors.ignored.contains(&thread) {
+            if actors.ignored.contains_key(&thread) {
                 continue;
             }
-            let over = match (used, time_used(thread)) {
-                (Some(before), Some(now)) => now.saturating_sub(before) > GRACE,
-                _ => since.elapsed() > GRACE,
+            let grace = match actors.threads.contains_key(&thread) {
+                true => GRACE,
+                false => GRACE_OF_STRANGERS,
+            };
+            let now = time_used(thread);
+            let over = match (used, now) {
+                (Some(before), Some(now)) => now.saturating_sub(before) > grace,
+                _ => since.elapsed() > grace,
             };
             if over || since.elapsed() > GRACE_ON_THE_WALL {
                 actors.cannot_be_replayed(format!(
@@ -291,10 +335,16 @@ impl Watch {
                      the devices went on without it",
                     actors.calls().join(", ")
                 ));
-                actors.ignored.insert(thread);
+                let ignored = Ignored {
+                    used: now,
+                    since: Instant::now(),
+                    clock,
+                };
+                actors.ignored.insert(thread, ignored);
             }
         }
-        busy.iter().all(|thread| actors.ignored.contains(thread))
+        busy.iter()
+            .all(|thread| actors.ignored.contains_key(thread))
     }
 
     fn next_pause(&mut self) -> Duration {
@@ -401,13 +451,15 @@ fn wait(mut driver: Guard, until: Until, learns: bool) -> Guard {
             continue;
         }
         let outside = driver.actors.outside();
-        if !watch.is_quiet(&mut driver.actors, &outside) {
+        let clock = driver.machine.world.now;
+        if !watch.is_quiet(&mut driver.actors, &outside, clock) {
             watch.stuck_since = None;
             let pause = watch.next_pause();
             driver = sleep(&wake, driver, Some(pause));
             continue;
         }
         watch.pause = Duration::ZERO;
+        driver.machine.clock_limit = driver.actors.clock_limit(&outside);
         driver = advance(driver, me, &outside, &mut watch, &wake);
     }
     if let Some(actor) = driver.actors.threads.get_mut(&me) {
@@ -461,6 +513,7 @@ fn advance(
                     );
                 }
             }
+            Progress::TooEarly => return sleep(wake, driver, Some(LONGEST_PAUSE)),
             Progress::HostFunction(stream, function) => {
                 watch.stuck_since = None;
                 return call_host(driver, me, stream, function);

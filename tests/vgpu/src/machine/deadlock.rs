@@ -28,6 +28,7 @@ impl Machine {
                             repeats = true;
                             break;
                         }
+                        WarpState::Asleep(time) if time > self.clock_limit => return false,
                         WarpState::Asleep(time) => self.world.now = time,
                         WarpState::Ready => {}
                     }

@@ -88,6 +88,9 @@ pub enum Progress {
     Idle,
     /// There is something to do, but no step will ever bring it further unless the host acts.
     Stuck,
+    /// All that could happen waits for a time to come, and the clock may not leap there now: see
+    /// [`Machine::clock_limit`].
+    TooEarly,
     /// The host function to call now; afterwards [`Machine::host_function_done`].
     HostFunction(StreamId, Box<dyn FnOnce() + Send>),
 }
@@ -115,6 +118,8 @@ pub struct Machine {
     pub(super) host_clock: StreamClock,
     pub(super) completions: u64,
     pub(super) turns: u64,
+    /// The virtual time up to which the clock may leap where nothing happens but waiting for it.
+    pub clock_limit: u64,
 }
 
 impl Machine {
@@ -152,6 +157,7 @@ impl Machine {
             host_clock: StreamClock::default(),
             completions: 0,
             turns: 0,
+            clock_limit: u64::MAX,
         }
     }
 

@@ -145,6 +145,7 @@ impl Machine {
         let (b, w) = match choice {
             Ok(choice) => choice,
             Err(_) if self.widen() => return Progress::Advanced,
+            Err(Some(time)) if time > self.clock_limit => return Progress::TooEarly,
             Err(Some(time)) => {
                 self.world.now = time;
                 self.scheduler.quiet += 1;
@@ -223,8 +224,13 @@ impl Machine {
             let scheduler = &mut self.scheduler;
             if self.world.clock_reads != scheduler.clock_reads {
                 // Whoever waits for a time to come need not be watched waiting.
+                let to = self.world.now.saturating_add(scheduler.leap);
+                let to = to.min(self.clock_limit);
+                if to <= self.world.now {
+                    return Progress::TooEarly;
+                }
                 scheduler.clock_reads = self.world.clock_reads;
-                self.world.now += scheduler.leap;
+                self.world.now = to;
                 scheduler.leap = scheduler.leap.saturating_mul(2);
             } else {
                 scheduler.patience = scheduler.patience.saturating_mul(2);

@@ -20,3 +20,17 @@ KERNEL spin_until(const u64 *flag, u64 value, u64 *out) {
 }
 
 KERNEL set(u64 *flag, u64 value) { st_release_sys(flag, value); }
+
+// As spin_until, but no longer than so many virtual nanoseconds: 1 if the word came, 2 if not.
+KERNEL until_late(const u64 *flag, u64 value, u64 nanoseconds, u64 *out) {
+    u64 start, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start)::"memory");
+    *out = 2;
+    do {
+        if (ld_acquire_sys(flag) == value) {
+            *out = 1;
+            break;
+        }
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+    } while (now - start < nanoseconds);
+}

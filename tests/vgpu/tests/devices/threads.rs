@@ -252,3 +252,89 @@ fn a_deadlock_is_declared_when_every_thread_waits_in_the_driver() {
         "{found:?}"
     );
 }
+
+/// The kernel `until_late` spins until a flag comes or a time has passed; the flag comes from a
+/// thread that first computes for so much of its own processor time. Whether it came in time.
+fn flag_of_a_thread_that_computes(computes: std::time::Duration, deadline: u64) -> bool {
+    let gpus = pair();
+    let (flag, out) = (gpus[0].room(8), gpus[0].room(8));
+    let releaser = std::thread::spawn(move || {
+        // It has used the driver, so it is one that is waited for.
+        gpus[1].enter();
+        let mut sum = 0u64;
+        while processor_time() < computes {
+            sum = (0..10_000).fold(sum, |sum, i| std::hint::black_box(sum ^ i));
+        }
+        gpus[1].launch("set", 1, 1, &[flag, 1]);
+        cu!(cuStreamSynchronize(gpus[1].stream));
+    });
+    gpus[0].launch("until_late", 1, 1, &[flag, 1, deadline, out]);
+    cu!(cuStreamSynchronize(gpus[0].stream));
+    releaser.join().expect("it computes");
+    assert!(findings().is_empty());
+    gpus[0].get::<u64>(out, 1) == [1]
+}
+
+/// Processor time of this thread.
+fn processor_time() -> std::time::Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the time is written to a place of its own.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    std::time::Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+#[test]
+fn a_deadline_waits_for_a_thread_that_computes() {
+    let name = "threads::a_deadline_waits_for_a_thread_that_computes";
+    if !is_child(name) {
+        passes(name, &TWO);
+        return;
+    }
+    // A deadline of 100 virtual milliseconds, and more than the grace to compute.
+    let computes = std::time::Duration::from_millis(1300);
+    assert!(flag_of_a_thread_that_computes(computes, 100_000_000));
+    assert!(!is_replayable());
+}
+
+#[test]
+fn a_thread_that_computes_for_less_than_the_grace_leaves_the_run_replayable() {
+    let name = "threads::a_thread_that_computes_for_less_than_the_grace_leaves_the_run_replayable";
+    if !is_child(name) {
+        passes(name, &TWO);
+        return;
+    }
+    let computes = std::time::Duration::from_millis(500);
+    assert!(flag_of_a_thread_that_computes(computes, 1_000_000));
+    assert!(is_replayable());
+}
+
+#[test]
+fn a_deadline_passes_beside_a_thread_that_never_comes() {
+    let name = "threads::a_deadline_passes_beside_a_thread_that_never_comes";
+    if !is_child(name) {
+        passes(name, &TWO);
+        return;
+    }
+    // The clock goes on beside it, however slowly.
+    let computes = std::time::Duration::from_millis(1800);
+    assert!(!flag_of_a_thread_that_computes(computes, 20_000_000));
+}
+
+#[test]
+fn a_deadline_passes_at_once_where_everybody_waits() {
+    let name = "threads::a_deadline_passes_at_once_where_everybody_waits";
+    if !is_child(name) {
+        passes(name, &TWO);
+        return;
+    }
+    let gpus = pair();
+    let (flag, out) = (gpus[0].room(8), gpus[0].room(8));
+    // An hour.
+    gpus[0].launch("until_late", 1, 1, &[flag, 1, 3_600_000_000_000, out]);
+    cu!(cuStreamSynchronize(gpus[0].stream));
+    assert_eq!(gpus[0].get::<u64>(out, 1), [2]);
+    assert!(is_replayable());
+}
