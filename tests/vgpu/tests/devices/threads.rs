@@ -156,7 +156,8 @@ fn a_store_of_another_thread_releases_a_spinner_and_marks_the_run() {
     let out = gpu.room(8);
     let at = word as u64;
     let storer = std::thread::spawn(move || {
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        // A busy machine may let this thread run before the other has come to wait.
+        std::thread::sleep(std::time::Duration::from_secs(1));
         // SAFETY: the word is allocated and aligned; the device reads it atomically.
         unsafe {
             (*(at as *const std::sync::atomic::AtomicU64))
