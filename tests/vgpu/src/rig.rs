@@ -118,7 +118,7 @@ impl Rig {
     pub fn synchronise(&mut self) -> Result<(), Fault> {
         loop {
             match self.machine.step() {
-                Progress::Advanced | Progress::TooEarly => {}
+                Progress::Advanced | Progress::Released | Progress::TooEarly => {}
                 Progress::Idle => break,
                 Progress::Stuck => self.machine.declare_deadlock(&[]),
                 Progress::HostFunction(stream, function) => {

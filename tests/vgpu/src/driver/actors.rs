@@ -505,13 +505,12 @@ fn advance(
         }
         let progress = driver.machine.step();
         match progress {
-            Progress::Advanced => {
-                if watch.stuck_since.take().is_some() {
-                    driver.actors.cannot_be_replayed(
-                        "the program stored into memory that the devices see while they ran"
-                            .to_owned(),
-                    );
-                }
+            Progress::Advanced => watch.stuck_since = None,
+            Progress::Released => {
+                watch.stuck_since = None;
+                driver.actors.cannot_be_replayed(
+                    "the program stored into memory that the devices see while they ran".to_owned(),
+                );
             }
             Progress::TooEarly => return sleep(wake, driver, Some(LONGEST_PAUSE)),
             Progress::HostFunction(stream, function) => {

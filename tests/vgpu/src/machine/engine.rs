@@ -88,6 +88,8 @@ pub enum Progress {
     Idle,
     /// There is something to do, but no step will ever bring it further unless the host acts.
     Stuck,
+    /// What was stuck goes on: the host has stored to memory that the devices see.
+    Released,
     /// All that could happen waits for a time to come, and the clock may not leap there now: see
     /// [`Machine::clock_limit`].
     TooEarly,
@@ -230,7 +232,7 @@ impl Machine {
                 return Progress::Stuck;
             }
             self.stuck = false;
-            return Progress::Advanced;
+            return Progress::Released;
         }
         self.run_some_warp()
     }

@@ -328,9 +328,12 @@ impl Machine {
         let launch = resident.launch.clone();
         let warp = &mut resident.warps[w];
         warp.stop_at_back_jump = watch;
+        let before = warp.instructions;
         let ran = warp.run(&launch, &mut resident.block, &mut self.world, budget)?;
-        self.world.now += u64::from(ran);
-        self.devices[launch.device as usize].operations += u64::from(ran);
+        // Whoever gives up its turn has used it up, but time passes with what is done only.
+        let done = warp.instructions - before;
+        self.world.now += done;
+        self.devices[launch.device as usize].operations += done;
         if let Some(grid) = self.grids.get_mut(&resident.grid) {
             grid.operations += u64::from(ran);
             if grid.operations > self.world.config.launch_budget {

@@ -238,7 +238,7 @@ impl Node {
     pub(crate) fn run(&mut self) -> Vec<Option<Fault>> {
         loop {
             match self.machine.step() {
-                Progress::Advanced | Progress::TooEarly => {}
+                Progress::Advanced | Progress::Released | Progress::TooEarly => {}
                 Progress::Idle => break,
                 Progress::Stuck => self.machine.declare_deadlock(&[]),
                 Progress::HostFunction(stream, function) => {
