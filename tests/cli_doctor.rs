@@ -7,14 +7,13 @@
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use ringtp::backend::cuda::Context;
 use serde_json::Value;
 
 /// Runs it on `devices` virtual devices with these links between them. `None` (SKIPPED is printed)
 /// where the driver is a real one.
 fn doctor(devices: usize, topology: &str, args: &[&str]) -> Option<Output> {
     let _driver = test_driver::take()?;
-    if !Context::is_virtual() {
+    if !test_driver::is_virtual() {
         test_driver::skipped("needs links that break on request");
         return None;
     }
@@ -173,4 +172,24 @@ fn ranks_may_share_a_device_and_a_device_must_be_there() {
 
     let output = doctor(1, "nvswitch", &["--devices", "0,x"]).expect("it is there");
     assert_eq!(output.status.code(), Some(2), "{output:?}");
+}
+
+#[test]
+fn a_machine_without_a_driver_is_told_what_it_lacks() {
+    // Nowhere to find a driver, unless the machine has one of its own.
+    let output = Command::new(env!("CARGO_BIN_EXE_ringtp"))
+        .args(["doctor", "--json"])
+        .env_remove("LD_LIBRARY_PATH")
+        .output()
+        .expect("the program starts without a driver");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
+    if report["driver"] != Value::Null {
+        test_driver::skipped("this machine has a driver of its own");
+        return;
+    }
+    assert_eq!(output.status.code(), Some(1), "{report}");
+    let problem = report["problems"][0].as_str().expect("a problem");
+    for words in ["no driver", "libcuda.so.1", "install the NVIDIA driver"] {
+        assert!(problem.contains(words), "{problem}");
+    }
 }

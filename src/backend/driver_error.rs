@@ -64,8 +64,8 @@ fn remedy(code: u32) -> &'static str {
         2 => "use smaller sizes or more ranks, or free memory on the device",
         3 | 4 => "this is a defect of the caller: the driver must be initialised and alive",
         34 => {
-            "the program found the stub of libcuda that it was linked against; take its \
-               directory out of LD_LIBRARY_PATH and install the NVIDIA driver"
+            "install the NVIDIA driver, or put the directory of libcuda.so.1 into LD_LIBRARY_PATH; \
+             where it has a stub of libcuda, take that out"
         }
         46 => "another process has the device for itself; wait for it or use another device",
         100 => "there is no GPU, or CUDA_VISIBLE_DEVICES hides it; check with nvidia-smi",

@@ -11,6 +11,7 @@
 //! | all kernels of the crate on a device | [`Kernels`], [`Function`] | own: loaded before anything runs |
 //! | a launch | [`Launch`], [`Stream::launch`] | own: checked on the host first |
 //! | recorded work | [`Graph`], [`Stream::capture`] | own |
+//! | what the virtual GPU counts | [`Counters`] | own |
 //! | rows of elements | [`Rows`], [`RowsMut`] | views with a type and a stride |
 //! | a rank on a device | [`CudaBackend`], [`CudaTensor`], [`CudaMatrix`], [`CudaVector`] | the operations of a model, as launches |
 //! | a batch's metadata | [`CudaPlan`] | one upload a step |
@@ -43,12 +44,18 @@ mod attention;
 mod backend;
 mod collective;
 mod context;
+mod counters;
 mod event;
 mod families;
 mod gemm;
 mod graph;
 mod kv;
 mod launch;
+#[cfg(all(
+    target_os = "linux",
+    any(target_arch = "x86_64", target_arch = "aarch64")
+))]
+mod loader;
 mod memory;
 mod module;
 mod norm;
@@ -67,6 +74,7 @@ mod work;
 pub use attention::{AttentionScratch, attention, attention_work};
 pub use backend::{CudaBackend, CudaVector};
 pub use context::{Context, DeviceAttribute, Entered, Limits, P2pAttribute};
+pub use counters::Counters;
 pub use event::Event;
 pub use families::families;
 pub use gemm::{GEMM_FEW_ROWS, GemmEpilogue, gemm, gemm_work};

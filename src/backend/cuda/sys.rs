@@ -41,8 +41,25 @@ fn words(text: *const std::ffi::c_char, otherwise: &str) -> String {
         .into_owned()
 }
 
+/// Why there is no driver, if there is none.
+fn missing() -> Option<&'static str> {
+    #[cfg(all(
+        target_os = "linux",
+        any(target_arch = "x86_64", target_arch = "aarch64")
+    ))]
+    return super::loader::missing();
+    #[allow(
+        unreachable_code,
+        reason = "elsewhere the program does not start without one"
+    )]
+    None
+}
+
 /// The name of a code and the driver's words for it.
 fn describe(code: CUresult) -> (String, String) {
+    if let Some(why) = missing() {
+        return ("no driver".to_owned(), why.to_owned());
+    }
     let (mut name, mut meaning) = (std::ptr::null(), std::ptr::null());
     // SAFETY: both calls write one pointer, or leave null for a code they do not know.
     unsafe {
@@ -103,7 +120,7 @@ pub(crate) struct Optional {
 }
 
 /// A call's address, if this driver has it.
-fn look_up(name: &CStr, version: i32) -> Option<*mut c_void> {
+pub(crate) fn look_up(name: &CStr, version: i32) -> Option<*mut c_void> {
     let mut address = std::ptr::null_mut();
     // SAFETY: `name` ends in zero; the call writes one pointer; the last argument may be null.
     let code = unsafe {
@@ -120,8 +137,11 @@ fn look_up(name: &CStr, version: i32) -> Option<*mut c_void> {
 
 /// Whether the driver is this project's virtual GPU, which counts and takes no time.
 pub(crate) fn is_virtual() -> bool {
-    look_up(c"vgpuTakeFindings", 12_040).is_some()
+    look_up(c"vgpuTakeFindings", VERSION_OF_EXTRAS).is_some()
 }
+
+/// The CUDA version that the virtual GPU's own calls are looked up with: any will do.
+pub(crate) const VERSION_OF_EXTRAS: i32 = 12_040;
 
 /// The optional calls, looked up once: they depend on the driver alone, which a process has one of.
 pub(crate) fn optional() -> &'static Optional {

@@ -45,10 +45,17 @@ pub fn skipped(why: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
 }
 
-/// The address of a function that the loaded driver has only if it is the virtual one.
+/// The address of a function that the driver has only if it is the virtual one. The crate loads
+/// its driver by this name too, when it first needs it.
 fn extra(name: &CStr) -> Option<*mut c_void> {
-    // SAFETY: the name ends in zero.
-    let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    // SAFETY: both names end in zero; loading a driver is what these tests are for. It stays.
+    let address = unsafe {
+        let driver = libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW);
+        if driver.is_null() {
+            return None;
+        }
+        libc::dlsym(driver, name.as_ptr())
+    };
     (!address.is_null()).then_some(address)
 }
 

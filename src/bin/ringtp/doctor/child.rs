@@ -37,9 +37,10 @@ fn steps(args: &DoctorArgs) -> Result<(), Failure> {
         is_virtual: Context::is_virtual(),
         devices: count,
     }))?;
-    let devices = match &args.devices {
-        Some(devices) => devices.0.clone(),
-        None => (0..count.min(MAX_RANKS)).collect(),
+    let devices = if args.devices.is_empty() {
+        (0..count.min(MAX_RANKS)).collect()
+    } else {
+        args.devices.clone()
     };
     let survey = Survey::new(&devices)?;
     say(&Line::Asked(asked(&survey)?))?;

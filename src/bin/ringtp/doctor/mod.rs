@@ -109,8 +109,8 @@ fn start(args: &DoctorArgs) -> std::io::Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("doctor").arg("--in-this-process");
     command.arg(format!("--probe-seconds={}", args.probe.as_secs_f64()));
-    if let Some(devices) = &args.devices {
-        command.arg(format!("--devices={devices}"));
+    for device in &args.devices {
+        command.arg(format!("--devices={device}"));
     }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()
 }
