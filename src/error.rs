@@ -90,10 +90,11 @@ impl Error {
     /// Whether the caller's input is at fault (a command line exits with 2), rather than
     /// something that went wrong while running (it exits with 1).
     pub fn is_input(&self) -> bool {
-        !matches!(
-            self,
-            Self::Comm(_) | Self::Driver(_) | Self::OutOfMemory(_) | Self::Sampling(_)
-        )
+        match self {
+            Self::Comm(error) => matches!(error, CommError::Argument { .. }),
+            Self::Driver(_) | Self::OutOfMemory(_) | Self::Sampling(_) => false,
+            _ => true,
+        }
     }
 }
 

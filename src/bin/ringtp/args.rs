@@ -1,11 +1,10 @@
 //! The arguments of the command line.
 
-use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::{ArgMatches, Args, Parser, Subcommand};
+use clap::{ArgMatches, Args, Parser, Subcommand, ValueEnum};
 use ringtp::DType;
 use ringtp::generate::{Llm, LlmBuilder, Message, Prompt, SamplingParams};
 
@@ -34,6 +33,8 @@ pub(crate) enum Command {
     Shards(ShardsArgs),
     /// Look at the CUDA devices and the links between them, and test every link
     Doctor(DoctorArgs),
+    /// Measure a collective
+    Bench(BenchArgs),
 }
 
 /// Continue prompts.
@@ -396,9 +397,9 @@ pub(crate) struct ShardsArgs {
 /// Exit codes: 0 if a group of these devices can work, 1 if not, or if it could not be found out.
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
-    /// The device of each rank, as the driver counts them; may repeat [default: the first 8]
-    #[arg(long, value_name = "0,1,..")]
-    pub(crate) devices: Option<Devices>,
+    /// The CUDA device of each rank, such as 0,0,1 [default: the first 8]
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    pub(crate) devices: Vec<usize>,
     /// How many seconds a kernel waits for what another device writes
     #[arg(id = "probe", long = "probe-seconds", allow_negative_numbers = true, value_name = "SECONDS", default_value = "2", value_parser = deadline)]
     pub(crate) probe: Duration,
@@ -413,33 +414,86 @@ pub(crate) struct DoctorArgs {
     pub(crate) in_this_process: bool,
 }
 
-/// Devices by number, separated by commas; at least one.
-#[derive(Clone, Debug)]
-pub(crate) struct Devices(pub(crate) Vec<usize>);
+/// Measure a collective between ranks, for messages of several sizes.
+///
+/// On the CPU and on real GPUs: the time of a call (the median; on GPUs of the slowest rank), and
+/// as nccl-tests has them algbw, message bytes over time, and busbw, what the busiest link
+/// carries: algbw times 2(N-1)/N for all-reduce, (N-1)/N for reduce-scatter and all-gather. The
+/// message of all-gather is its output. On the virtual GPU, which takes no time: what one call of
+/// all ranks does, counted: bytes over the links (and what the algorithm's formula says),
+/// messages that follow one another, sectors of global memory, barriers of blocks, fences, flags
+/// that are written and read.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// What to measure
+    #[arg(value_enum, default_value_t = Operation::AllReduce)]
+    pub(crate) operation: Operation,
+    /// The number of ranks [default: 2, or all devices up to 8]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
+    pub(crate) tp: Option<usize>,
+    /// Where the ranks are
+    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Device::Cpu)]
+    pub(crate) device: Device,
+    /// The CUDA device of each rank, such as 0,0,1; sets --tp and --device
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "LIST",
+        conflicts_with = "tp"
+    )]
+    pub(crate) devices: Vec<usize>,
+    /// The type of the elements
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub(crate) dtype: DType,
+    /// Bytes of the messages; K, M and G are powers of 1024
+    #[arg(long, value_name = "1K,1M,..")]
+    pub(crate) sizes: Option<Sizes>,
+    /// One all-reduce by name [default: every one]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) all_reduce: Option<String>,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
 
-impl FromStr for Devices {
+/// A collective.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Operation {
+    /// The sum over all ranks, on every rank
+    AllReduce,
+    /// A part of the sum on every rank
+    ReduceScatter,
+    /// The parts of all ranks, on every rank
+    AllGather,
+    /// The message of rank 0, on every rank
+    Broadcast,
+}
+
+/// Sizes in bytes, separated by commas; at least one.
+#[derive(Clone, Debug)]
+pub(crate) struct Sizes(pub(crate) Vec<usize>);
+
+impl FromStr for Sizes {
     type Err = String;
 
     fn from_str(list: &str) -> Result<Self, String> {
-        let parse = |device: &str| {
-            device.trim().parse().map_err(|_| {
-                format!(
-                    "expected numbers of devices with commas between, as 0,1, found {device:?}; \
-                     nvidia-smi lists them"
-                )
+        let parse = |size: &str| {
+            let size = size.trim();
+            let (digits, unit) = match size.char_indices().last() {
+                Some((at, 'K' | 'k')) => (&size[..at], 1 << 10),
+                Some((at, 'M' | 'm')) => (&size[..at], 1 << 20),
+                Some((at, 'G' | 'g')) => (&size[..at], 1 << 30),
+                _ => (size, 1),
+            };
+            let bytes: Option<usize> = digits.parse().ok();
+            bytes.and_then(|b| b.checked_mul(unit)).ok_or_else(|| {
+                format!("expected sizes with commas between, as 512,8K,1M, found {size:?}")
             })
         };
         list.split(',')
             .map(parse)
             .collect::<Result<_, _>>()
             .map(Self)
-    }
-}
-
-impl fmt::Display for Devices {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let numbers: Vec<_> = self.0.iter().map(usize::to_string).collect();
-        f.write_str(&numbers.join(","))
     }
 }
 

@@ -4,6 +4,7 @@
 //! output, everything else to standard error; a reader that goes away ends the program quietly.
 
 mod args;
+mod bench;
 mod doctor;
 mod generate;
 mod logits;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         (Command::Logits(args), _) => logits::logits(args).map(done),
         (Command::Shards(args), _) => shards::shards(args).map(done),
         (Command::Doctor(args), _) => doctor::doctor(args),
+        (Command::Bench(args), _) => bench::bench(args).map(done),
     };
     match result {
         Ok(code) => code,

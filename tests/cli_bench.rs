@@ -1,0 +1,124 @@
+//! `ringtp bench` measures on CPU ranks, and counts on the virtual GPU what one call does.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn bench(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ringtp"))
+        .arg("bench")
+        .args(args)
+        .env("VGPU_DEVICES", "4")
+        .output()
+        .expect("the program starts")
+}
+
+fn rows(args: &[&str]) -> Vec<Value> {
+    let output = bench(args);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let parse = |line| serde_json::from_str(line).expect("an object a line");
+    text.lines().map(parse).collect()
+}
+
+#[test]
+fn cpu_ranks_are_timed() {
+    for (operation, factor) in [
+        ("all-reduce", 4.0 / 3.0),
+        ("reduce-scatter", 2.0 / 3.0),
+        ("all-gather", 2.0 / 3.0),
+        ("broadcast", 1.0),
+    ] {
+        let args = [
+            operation, "--tp", "3", "--sizes", "3K", "--dtype", "bf16", "--json",
+        ];
+        for row in rows(&args) {
+            assert_eq!(row["operation"], operation);
+            assert_eq!((&row["bytes"], &row["ranks"]), (&3072.into(), &3.into()));
+            let number = |name: &str| row[name].as_f64().expect("a number");
+            assert!(number("us") > 0.0, "{row}");
+            let expected = number("algbw_gb_s") * factor;
+            approx::assert_relative_eq!(number("busbw_gb_s"), expected, max_relative = 1e-12);
+        }
+    }
+}
+
+#[test]
+fn bad_arguments_are_refused_with_the_remedy() {
+    for (args, words) in [
+        (&["--sizes", "1X"][..], "512,8K,1M"),
+        (&["--all-reduce", "none"], "one-shot"),
+        (&["--devices", "0,x"], "--devices"),
+        (&["--tp", "0"], "1"),
+    ] {
+        let output = bench(args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains(words), "{args:?}: {text}");
+    }
+}
+
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+mod on_devices {
+    use super::{Value, rows};
+
+    /// Rows of a bench of four ranks, unless the driver is one that takes the time.
+    fn counted(args: &[&str]) -> Option<Vec<Value>> {
+        let _driver = test_driver::take()?;
+        if !test_driver::is_virtual() {
+            test_driver::skipped("a real driver does not count");
+            return None;
+        }
+        Some(rows(
+            &[args, &["--device", "cuda", "--tp", "4", "--json"]].concat(),
+        ))
+    }
+
+    fn number(row: &Value, name: &str) -> u64 {
+        row[name]
+            .as_u64()
+            .unwrap_or_else(|| panic!("{name} in {row}"))
+    }
+
+    /// What flags, epochs and addresses add to a message's own bytes: a rank tells each other
+    /// rank a few words a block and barrier.
+    const TALK: u64 = 16 << 10;
+
+    #[test]
+    fn the_bytes_over_links_are_those_of_the_formula() {
+        let Some(rows) = counted(&["all-reduce", "--sizes", "48K"]) else {
+            return;
+        };
+        let names: Vec<_> = rows.iter().map(|row| row["algorithm"].clone()).collect();
+        assert_eq!(names, ["one-shot", "two-shot", "ring"]);
+        for (row, formula) in rows
+            .iter()
+            .zip([4 * 3 * (48 << 10), 6 * (48 << 10), 6 * (48 << 10)])
+        {
+            assert_eq!(number(row, "link_bytes_by_formula"), formula, "{row}");
+            let counted = number(row, "link_bytes");
+            assert!((formula..formula + TALK).contains(&counted), "{row}");
+            for name in ["sectors", "barriers", "releases", "acquires"] {
+                assert!(number(row, name) > 0, "{row}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_other_collectives_are_counted_as_well() {
+        for (operation, formula) in [
+            ("reduce-scatter", 3 * (24 << 10)),
+            ("all-gather", 3 * (24 << 10)),
+            ("broadcast", 3 * (24 << 10)),
+        ] {
+            let Some(rows) = counted(&[operation, "--sizes", "24K"]) else {
+                return;
+            };
+            assert_eq!(rows.len(), 1);
+            let row = &rows[0];
+            assert_eq!(number(row, "link_bytes_by_formula"), formula, "{row}");
+            let counted = number(row, "link_bytes");
+            assert!((formula..formula + TALK).contains(&counted), "{row}");
+        }
+    }
+}
