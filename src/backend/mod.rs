@@ -11,7 +11,8 @@
 //! - **Batch metadata is planned once a step** ([`Backend::plan`]); operations take the plan,
 //!   never host slices.
 //! - **Bits.** A row's result depends on that row's inputs alone: not on the other rows, nor
-//!   on the number of threads.
+//!   on the number of threads. (On CUDA, products of up to `cuda::GEMM_FEW_ROWS` rows sum in
+//!   another order than those of more: the bits of a row are the same within either class.)
 //!
 //! Shapes are `[rows, cols]`; rows of activations are tokens.
 

@@ -16,9 +16,13 @@ use crate::error::{Error, Result};
 use crate::host::HostMatrix;
 use crate::llama::Batch;
 
-/// Bytes of a slab of small buffers: activations and metadata of a step come from these, so that a
-/// step allocates nothing in the driver.
-const SLAB: usize = 64 << 20;
+/// Bytes of the slab that activations and metadata of steps come from. It is taken at once: the
+/// driver may wait for every device that reaches the memory when it allocates, and one of them may
+/// be spinning on this rank. Batches that need more allocate more, when they first come.
+const STEP_SLAB: usize = 128 << 20;
+
+/// Bytes of a slab of weights; larger ones have slabs of their own.
+const WEIGHT_SLAB: usize = 32 << 20;
 
 /// A rank on a device.
 ///
@@ -27,7 +31,10 @@ const SLAB: usize = 64 << 20;
 #[derive(Debug)]
 pub struct CudaBackend {
     stream: Arc<Stream>,
+    /// Of steps.
     pool: DevicePool,
+    /// Of weights and KV cache.
+    weights: DevicePool,
     kernels: Kernels,
     dtype: DType,
     scratch: AttentionScratch,
@@ -42,13 +49,13 @@ impl CudaBackend {
     /// # Errors
     /// [`Error::Driver`]; memory.
     pub fn new(stream: Arc<Stream>, dtype: DType) -> Result<Self> {
-        let pool = DevicePool::new(stream.context(), SLAB);
+        let pool = DevicePool::new(stream.context(), STEP_SLAB);
         let kernels = Kernels::load(stream.context())?;
         Self::with(stream, pool, kernels, dtype)
     }
 
-    /// As [`Self::new`], with memory from `pool` and kernels that are loaded: both of the stream's
-    /// device.
+    /// As [`Self::new`], with memory of steps from `pool` and kernels that are loaded: both of the
+    /// stream's device.
     ///
     /// # Errors
     /// [`Error::Shape`] if they are of different devices; memory.
@@ -70,6 +77,7 @@ impl CudaBackend {
         }
         let scratch = AttentionScratch::new(&pool)?;
         Ok(Self {
+            weights: DevicePool::new(stream.context(), WEIGHT_SLAB),
             stream,
             pool,
             kernels,
@@ -84,7 +92,7 @@ impl CudaBackend {
         &self.stream
     }
 
-    /// Where its memory comes from.
+    /// Where the memory of its steps comes from.
     pub fn pool(&self) -> &DevicePool {
         &self.pool
     }
@@ -165,7 +173,7 @@ impl Backend for CudaBackend {
     ) -> Result<CudaMatrix> {
         self.check_dtype("type of the weights", dtype)?;
         let (rows, cols) = stacked(parts, layout)?;
-        let mut matrix = CudaMatrix::new(&self.pool, layout, dtype, rows, cols)?;
+        let mut matrix = CudaMatrix::new(&self.weights, layout, dtype, rows, cols)?;
         let staging = match &mut self.staging {
             Some(staging) => staging,
             none => none.insert(Staging::new(&self.stream)?),
@@ -185,14 +193,14 @@ impl Backend for CudaBackend {
             part.row_f32(0, &mut values[start..]);
         }
         let layout = RowLayout::contiguous(DType::F32, 1, values.len());
-        let buffer = self.pool.upload(&values, &self.stream);
-        let buffer = buffer.map_err(|e| out_of_memory(e, "a vector", &layout, &self.pool))?;
+        let buffer = self.weights.upload(&values, &self.stream);
+        let buffer = buffer.map_err(|e| out_of_memory(e, "a vector", &layout, &self.weights))?;
         Ok(CudaVector { buffer })
     }
 
     fn kv_pages(&mut self, shape: KvShape) -> Result<CudaKvPages> {
         self.check_dtype("type of the KV cache", shape.dtype)?;
-        CudaKvPages::new(&self.pool, &self.stream, shape)
+        CudaKvPages::new(&self.weights, &self.stream, shape)
     }
 
     fn plan(&mut self, batch: &Batch, rope: RopeTables, block_size: usize) -> Result<CudaPlan> {
