@@ -5,6 +5,8 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SendError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "cuda")]
+use super::capacity;
 use super::seat::Seat;
 use super::worker::{Command, Output, Reply, Setup, Work, serve};
 use super::{Batch, Limits, SampleRow};
@@ -15,6 +17,8 @@ use crate::comm::{self, CommError, CommStats, TensorComm};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layers::Partition;
+#[cfg(feature = "cuda")]
+use crate::shard::ShardPlan;
 
 /// More threads than any machine has cores are a mistake, and starting them would take long.
 const MAX_THREADS: usize = 4096;
@@ -45,7 +49,8 @@ pub struct GroupOptions {
     /// Positions in a block of the KV cache.
     pub block_size: usize,
     /// Blocks of the KV cache; by default enough for 16 sequences, or for 65536 positions
-    /// where that is less, and always for one of the longest sequences.
+    /// where that is less, and always for one of the longest sequences; on devices no more than
+    /// fit into what is free there beside the weights.
     pub num_blocks: Option<usize>,
     /// The all-reduce, by name; by default chosen by size.
     pub all_reduce: Option<String>,
@@ -519,6 +524,33 @@ fn root_cause(a: Error, b: Error) -> Error {
     if depth(&b) < depth(&a) { b } else { a }
 }
 
+/// Enough for 16 sequences, or for 65536 positions where that is less, and always for one of the
+/// longest sequences; on devices no more than what is free holds beside the weights.
+fn default_blocks(
+    checkpoint: &Checkpoint,
+    options: &GroupOptions,
+    max_model_len: usize,
+) -> Result<usize> {
+    let positions = max_model_len.max(65536.min(16 * max_model_len));
+    let wanted = positions.div_ceil(options.block_size);
+    #[cfg(feature = "cuda")]
+    if let Some(devices) = &options.devices
+        && devices.len() == options.tp
+    {
+        let needs = capacity::Needs {
+            plan: &ShardPlan::new(&checkpoint.config().dims, options.tp)?,
+            devices,
+            dtype: options.dtype.unwrap_or(checkpoint.dtype()),
+            block_size: options.block_size,
+            longest: max_model_len.div_ceil(options.block_size),
+        };
+        return Ok(wanted.min(needs.blocks(&capacity::free(devices)?)?));
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = checkpoint;
+    Ok(wanted)
+}
+
 /// Blocks of a KV cache: 2^28 positions at the least, and few enough to list the free ones.
 const MAX_BLOCKS: usize = 1 << 24;
 
@@ -553,8 +585,10 @@ fn limits(checkpoint: &Checkpoint, options: &GroupOptions) -> Result<Limits> {
             "use 16 or 32",
         ));
     }
-    let positions = max_model_len.max(65536.min(16 * max_model_len));
-    let num_blocks = options.num_blocks.unwrap_or(positions.div_ceil(block_size));
+    let num_blocks = match options.num_blocks {
+        Some(blocks) => blocks,
+        None => default_blocks(checkpoint, options, max_model_len)?,
+    };
     if num_blocks == 0 || num_blocks > MAX_BLOCKS {
         return Err(Error::input(
             "num_blocks",

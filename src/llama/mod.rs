@@ -6,6 +6,8 @@
 //! [`Rank`]: crate::layers::Rank
 
 mod batch;
+#[cfg(feature = "cuda")]
+mod capacity;
 mod group;
 mod model;
 mod rope;

@@ -84,9 +84,7 @@ impl CudaKvPages {
     /// [`Error::OutOfMemory`], with the arithmetic.
     pub fn new(pool: &DevicePool, stream: &Stream, shape: KvShape) -> Result<Self> {
         check_shape(&shape)?;
-        let bytes = half_bytes(&shape)
-            .and_then(|n| n.checked_mul(2))
-            .and_then(|n| n.checked_mul(shape.num_layers));
+        let bytes = Self::bytes_of(&shape);
         let full = |found: &dyn std::fmt::Display| {
             Error::OutOfMemory(Fault::new(
                 format_args!("KV cache of CUDA device {}", pool.context().ordinal()),
@@ -114,6 +112,12 @@ impl CudaKvPages {
             other => other,
         })?;
         Ok(Self { shape, buffer })
+    }
+
+    /// Bytes that pages of these sizes take; `None` beyond `usize`.
+    pub fn bytes_of(shape: &KvShape) -> Option<usize> {
+        let half = half_bytes(shape)?;
+        half.checked_mul(2)?.checked_mul(shape.num_layers)
     }
 
     /// The sizes.
