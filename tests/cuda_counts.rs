@@ -1,0 +1,230 @@
+//! What a decode step costs, counted on the virtual GPU: every weight and every entry of the KV
+//! cache is read exactly once, and launches and bytes of each kernel are as recorded.
+//!
+//! `RINGTP_UPDATE_GATES=1 cargo test --features cuda --test cuda_counts` writes the record
+//! (tests/cuda_gates/decode.tsv) anew; its change then shows in the diff.
+#![cfg(feature = "cuda")]
+
+mod cuda_support;
+mod model_support;
+mod oracle;
+mod p2p_support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Barrier;
+
+use cuda_support::{Gpu, Operand};
+use model_support::{Result, batch, open, some_ids};
+use oracle::random::{Random, round};
+use ringtp::DType;
+use ringtp::backend::Backend;
+use ringtp::backend::cuda::{self, CudaBackend, GEMM_FEW_ROWS, GemmEpilogue, RowLayout};
+use ringtp::layers::Rank;
+use ringtp::llama::{LoadOptions, Model, SampleRow, select};
+use test_driver::Taken;
+use test_driver::report::{Report, Touched};
+
+/// Counts what `ranks` ranks do in one decode step of a fixture: a row of one sequence at
+/// `position`, and the choice of its token.
+fn decode_step(
+    driver: &Taken,
+    name: &str,
+    dtype: DType,
+    ranks: usize,
+    position: usize,
+) -> Result<Report> {
+    let checkpoint = open(name)?;
+    let vocab = checkpoint.config().dims.vocab_size;
+    let (_group, comms) = p2p_support::group(ranks, p2p_support::options());
+    // What comes before the step is not counted.
+    let (ready, counting) = (Barrier::new(ranks + 1), Barrier::new(ranks + 1));
+    let report = std::thread::scope(|scope| {
+        let counted = scope.spawn(|| {
+            ready.wait();
+            assert!(driver.count(), "on the virtual GPU");
+            counting.wait();
+        });
+        p2p_support::run(comms, |rank| {
+            let stream = rank.comm.stream().clone();
+            let mut backend = CudaBackend::new(stream, dtype).expect("a backend");
+            let mut rank = Rank {
+                backend: &mut backend,
+                comm: &mut rank.comm,
+            };
+            let options = LoadOptions {
+                dtype,
+                tp_invariant: false,
+            };
+            let mut model = Model::load(&mut rank, &checkpoint, options, &|_| {}).expect("a model");
+            let mut kv = model.kv_cache(rank.backend, 8, 16, dtype).expect("a cache");
+            let (ids, table) = (some_ids(vocab, 1, position + 1), [5, 2, 7, 1]);
+            let mut step = |from: usize, to: usize| {
+                let rows = batch(&ids[from..to], from, position, &table);
+                let sample = vec![SampleRow::greedy(); to - from];
+                let (logits, head) = model.forward(&mut rank, &rows, &mut kv).expect("a step");
+                select(&mut rank, head, logits, &sample).expect("tokens");
+                rank.backend.synchronize().expect("a step");
+            };
+            step(0, position);
+            ready.wait();
+            counting.wait();
+            step(position, position + 1);
+        });
+        counted.join().map(|()| driver.report())
+    });
+    report.map_err(|_| "counting failed".into())
+}
+
+#[test]
+fn a_decode_step_reads_every_weight_and_entry_exactly_once() -> Result {
+    let Some(driver) = test_driver::take() else {
+        return Ok(());
+    };
+    if !test_driver::is_virtual() {
+        test_driver::skipped("a real device does not count");
+        return Ok(());
+    }
+    let position = 37;
+    let report = decode_step(&driver, "gqa_8_2", DType::F32, 1, position)?;
+    // Weights and cache are in a slab of their own.
+    let slab = |memory: &&Touched| memory.bytes == 32 << 20;
+    let slab: Vec<_> = report.memory.iter().filter(slab).collect();
+    assert_eq!(
+        slab.len(),
+        1,
+        "the slab of the weights: {:?}",
+        report.memory
+    );
+    assert_eq!(slab[0].read, slab[0].read_distinct, "nothing is read twice");
+
+    let checkpoint = open("gqa_8_2")?;
+    let dims = &checkpoint.config().dims;
+    let (hidden, d) = (dims.hidden_size, dims.head_dim);
+    let (q, kv) = (dims.num_attention_heads * d, dims.num_key_value_heads * d);
+    let layer = (q + 2 * kv) * hidden + q * hidden + 3 * dims.intermediate_size * hidden;
+    let entries = 2 * kv * (position + 1);
+    let norms = hidden * (2 * dims.num_hidden_layers + 1);
+    // One row of the embedding, all of the head.
+    let ends = hidden + dims.vocab_size * hidden;
+    let elements = dims.num_hidden_layers * (layer + entries) + norms + ends;
+    assert_eq!(
+        slab[0].read,
+        4 * elements as u64,
+        "nothing is left out, or read besides"
+    );
+    assert_eq!(
+        slab[0].written,
+        4 * (dims.num_hidden_layers * 2 * kv) as u64,
+        "one entry a layer"
+    );
+    Ok(())
+}
+
+/// By kernel of device 0: launches, bytes that its threads loaded, stored and changed atomically.
+/// How often collectives look at a peer's flag depends on when it comes, so their loads are not
+/// recorded.
+fn table(report: &Report) -> String {
+    let mut rows: BTreeMap<&str, [u64; 4]> = BTreeMap::new();
+    let mut polls = BTreeSet::new();
+    for launch in report.launches.iter().filter(|l| l.device == 0) {
+        let row = rows.entry(&launch.kernel).or_default();
+        let counts = &launch.counts;
+        let all = [
+            1,
+            counts.global_loads.bytes,
+            counts.global_stores.bytes,
+            counts.global_atomics.bytes,
+        ];
+        row.iter_mut().zip(all).for_each(|(sum, n)| *sum += n);
+        if counts.strong.keys().any(|kind| kind.starts_with("ld.")) {
+            polls.insert(&launch.kernel);
+        }
+    }
+    let mut text = String::from("kernel\tlaunches\tloaded\tstored\tatomics\n");
+    for (kernel, [launches, loaded, stored, atomics]) in rows {
+        let loaded = match polls.iter().any(|&name| name == kernel) {
+            true => "polls".to_owned(),
+            false => loaded.to_string(),
+        };
+        let _ = writeln!(text, "{kernel}\t{launches}\t{loaded}\t{stored}\t{atomics}");
+    }
+    text
+}
+
+/// A step of the shipped model, bf16, four layers, one of two ranks.
+#[test]
+fn launches_and_bytes_of_a_decode_step_are_as_recorded() -> Result {
+    let Some(driver) = test_driver::take() else {
+        return Ok(());
+    };
+    if !test_driver::is_virtual() {
+        test_driver::skipped("a real device does not count");
+        return Ok(());
+    }
+    let found = table(&decode_step(&driver, "austen", DType::Bf16, 2, 20)?);
+    let record = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_gates/decode.tsv");
+    if std::env::var_os("RINGTP_UPDATE_GATES").is_some() {
+        std::fs::write(&record, &found)?;
+    }
+    let recorded = std::fs::read_to_string(&record)?;
+    assert_eq!(
+        found, recorded,
+        "if that is meant: RINGTP_UPDATE_GATES=1 cargo test --features cuda --test cuda_counts"
+    );
+    Ok(())
+}
+
+/// In every type and for every number of few rows.
+#[test]
+fn a_product_of_few_rows_reads_each_weight_once() {
+    let Some(gpu) = Gpu::take() else { return };
+    let mut random = Random::new(1);
+    for dtype in DType::ALL {
+        for rows in 1..=GEMM_FEW_ROWS {
+            let (cols, depth) = (37, 264);
+            let mut operand = |rows, cols| {
+                let values: Vec<f32> = random.values(rows * cols);
+                let values: Vec<f32> = values.iter().map(|&v| round(v, dtype)).collect();
+                Operand::new(
+                    &gpu,
+                    RowLayout::contiguous(dtype, rows, cols),
+                    0,
+                    Some(&values),
+                )
+            };
+            let (x, w) = (operand(rows, depth), operand(cols, depth));
+            let mut out = operand(rows, cols);
+            if !gpu.driver.count() {
+                test_driver::skipped("a real device does not count");
+                return;
+            }
+            let epilogue = GemmEpilogue::default();
+            let (kernels, stream) = (&gpu.kernels, &gpu.stream);
+            cuda::gemm(
+                kernels,
+                stream,
+                x.rows(),
+                w.rows(),
+                epilogue,
+                out.rows_mut(),
+            )
+            .expect("a product");
+            gpu.stream.synchronize().expect("it ran");
+            let bytes = w.buffer.len() as u64;
+            let touched = gpu.driver.touched(w.buffer.address(), bytes);
+            assert_eq!(
+                (touched.read, touched.read_distinct),
+                (bytes, bytes),
+                "{dtype}, {rows} rows"
+            );
+            let stores = gpu.driver.report().total.global_stores.bytes;
+            assert_eq!(
+                stores,
+                out.buffer.len() as u64,
+                "each result is stored once"
+            );
+        }
+    }
+}
