@@ -284,9 +284,17 @@ impl Actors {
     }
 
     /// In which calls threads wait, for reports.
-    pub(super) fn calls(&self) -> Vec<&'static str> {
+    pub(super) fn calls(&self) -> Vec<String> {
         let waiting = self.threads.values().filter_map(|a| a.waiting.as_ref());
-        waiting.map(|w| w.call).collect()
+        let words = |w: &Waiting| match w.learns {
+            true => w.call.to_owned(),
+            // Its name does not say that it waits.
+            false => format!(
+                "{}, which waits for all that the devices had to do when it was called",
+                w.call
+            ),
+        };
+        waiting.map(words).collect()
     }
 }
 

@@ -8,16 +8,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::actors::wait_for_devices;
 use super::copy::Staging;
 use super::graph::{Graph, Node};
 use super::operation::Operation;
 use super::status::{Out, Outcome, Status};
-use super::{Driver, EXEC, Handle, api};
+use super::{Driver, EXEC, Guard, Handle, api};
 use crate::machine::{Command, EventId, StreamId};
 
 /// `CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH`, `UPLOAD`, `USE_NODE_PRIORITY`; launches from
 /// a device, 4, are not here.
-const FLAGS: u64 = 1 | 2 | 8;
+const FLAGS: u64 = 1 | UPLOAD | 8;
+const UPLOAD: u64 = 2;
 
 /// An executable graph.
 pub(super) struct Exec {
@@ -31,6 +33,8 @@ pub(super) struct Exec {
     start: EventId,
     done: EventId,
     launched: bool,
+    /// What a launch needs is on the device.
+    uploaded: bool,
     /// The context of the last launch.
     context: Handle,
 }
@@ -110,6 +114,7 @@ impl Driver {
             start: self.machine.create_event(),
             done: self.machine.create_event(),
             launched: false,
+            uploaded: false,
             context: 0,
         };
         self.graphs.execs.insert(handle, exec);
@@ -258,6 +263,27 @@ impl Driver {
     }
 }
 
+/// Puts what a graph needs onto the devices, which must be at rest for it, unless that was done.
+fn upload(driver: Guard, exec: Handle, stream: Handle) -> Result<Guard, Status> {
+    let mut driver = driver;
+    let (_, context, _) = driver.stream(stream)?;
+    let device = driver.context(context)?.device;
+    driver.check(device)?;
+    let known = driver.exec(exec)?;
+    if known.uploaded {
+        return Ok(driver);
+    }
+    let contexts: Vec<Handle> = known.graph.nodes.values().map(|n| n.context).collect();
+    let mut devices = 1 << device;
+    for context in contexts {
+        devices |= 1 << driver.context(context)?.device;
+    }
+    driver = wait_for_devices(driver, devices);
+    driver.check(device)?;
+    driver.exec(exec)?.uploaded = true;
+    Ok(driver)
+}
+
 /// Why a graph cannot take another's parameters: the result's number and the two nodes.
 struct Mismatch(u32, Handle, Handle);
 
@@ -351,7 +377,11 @@ api! {
         let made = driver.instantiate(graph, given.flags);
         given.result = u32::from(made.is_err());
         params.set(given)?;
-        exec.set(made?)
+        let made = made?;
+        if given.flags & UPLOAD != 0 {
+            drop(upload(driver, made, given.stream)?);
+        }
+        exec.set(made)
     }
 
     fn cuGraphExecGetFlags(exec: Handle, flags: Out<u64>) |driver| {
@@ -374,10 +404,14 @@ api! {
 
     fn cuGraphUpload(exec: Handle, stream: Handle) |driver| {
         driver.exec(exec)?;
-        driver.refuse_captured(stream)
+        driver.refuse_captured(stream)?;
+        upload(driver, exec, stream).map(|_| ())
     }
 
     fn cuGraphLaunch(exec: Handle, stream: Handle) |driver| {
+        if !driver.is_captured(stream)? {
+            driver = upload(driver, exec, stream)?;
+        }
         driver.launch_graph(exec, stream)
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::operation::Operation;
+use super::rest::{load_function, load_here};
 use super::status::{In, Out, Outcome, Status};
 use super::{Driver, Guard, Handle, api, explain};
 use crate::finding::Fault;
@@ -280,7 +281,7 @@ impl Driver {
 }
 
 fn launch(
-    mut driver: Guard,
+    driver: Guard,
     function: Handle,
     stream: Handle,
     shape: Shape,
@@ -289,6 +290,7 @@ fn launch(
 ) -> Outcome {
     driver.healthy()?;
     let (_, context, _) = driver.stream(stream)?;
+    let (mut driver, function) = load_function(driver, function, context)?;
     let launch = driver.prepare(function, context, shape, params, extra)?;
     driver.submit(stream, Operation::Kernel(launch))
 }
@@ -358,7 +360,7 @@ api! {
     fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
         blocks: Out<i32>, function: Handle, threads: i32, shared: u64,
     ) |driver| {
-        let function = driver.resolve_here(function)?;
+        let (driver, function) = load_here(driver, function)?;
         let found = driver.occupancy(function, threads, shared)?;
         blocks.set(found as i32)
     }
@@ -366,7 +368,7 @@ api! {
     fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
         blocks: Out<i32>, function: Handle, threads: i32, shared: u64, _flags: u32,
     ) |driver| {
-        let function = driver.resolve_here(function)?;
+        let (driver, function) = load_here(driver, function)?;
         let found = driver.occupancy(function, threads, shared)?;
         blocks.set(found as i32)
     }
@@ -374,7 +376,7 @@ api! {
     fn cuOccupancyAvailableDynamicSMemPerBlock(
         bytes: Out<u64>, function: Handle, blocks: i32, threads: i32,
     ) |driver| {
-        let function = driver.resolve_here(function)?;
+        let (driver, function) = load_here(driver, function)?;
         let wanted = u32::try_from(blocks).map_err(|_| Status::INVALID_VALUE)?;
         let fits = |shared: u64| driver.occupancy(function, threads, shared);
         let (mut low, mut high) = (0u64, 256 << 10);
@@ -418,14 +420,14 @@ api! {
 
 /// The block size that keeps most threads resident, and the blocks that fill the device.
 fn best_block(
-    mut driver: Guard,
+    driver: Guard,
     (grid, block): (Out<i32>, Out<i32>),
     function: Handle,
     shared_of: Option<extern "C" fn(i32) -> u64>,
     shared: u64,
     limit: i32,
 ) -> Outcome {
-    let function = driver.resolve_here(function)?;
+    let (driver, function) = load_here(driver, function)?;
     let most = if limit <= 0 { 1024 } else { limit.min(1024) };
     let device = driver.device()?;
     let sms = driver.machine.devices[device as usize]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::image::Image;
 use super::module::words;
+use super::rest::{load_function, load_here};
 use super::status::{In, Out, Outcome, Status};
 use super::{Driver, Handle, KERNEL, LIBRARY, api, explain};
 use crate::loader::Program;
@@ -215,7 +216,7 @@ api! {
 
     fn cuKernelGetFunction(function: Out<Handle>, kernel: Handle) |driver| {
         driver.kernel(kernel)?;
-        let found = driver.resolve_here(kernel)?;
+        let (_driver, found) = load_here(driver, kernel)?;
         function.set(found)
     }
 
@@ -245,14 +246,14 @@ api! {
     fn cuKernelGetAttribute(value: Out<i32>, number: u32, kernel: Handle, device: i32) |driver| {
         driver.kernel(kernel)?;
         let context = driver.context_on(device)?;
-        let function = driver.resolve(kernel, context)?;
+        let (driver, function) = load_function(driver, kernel, context)?;
         value.set(driver.attribute(number, function)?)
     }
 
     fn cuKernelSetAttribute(number: u32, value: i32, kernel: Handle, device: i32) |driver| {
         driver.kernel(kernel)?;
         let context = driver.context_on(device)?;
-        let function = driver.resolve(kernel, context)?;
+        let (mut driver, function) = load_function(driver, kernel, context)?;
         driver.set_attribute(function, number, value)?;
         if let Some(kernel) = driver.libraries.kernels.get_mut(&kernel) {
             kernel.attributes.insert(number, value);

@@ -1,7 +1,8 @@
 //! Memory: allocation and what is known of it. Copies and fills are in `copy`.
 
+use super::rest::{all_at_rest, device_at_rest};
 use super::status::{In, Out, Outcome, Status};
-use super::{Driver, Handle, Kept, api, explain, wait_for};
+use super::{Driver, Guard, Handle, Kept, api, explain, wait_for};
 use crate::finding::{Finding, Kind};
 
 /// Pages of the host, all zero, that cost nothing until they are touched; None if there are none.
@@ -32,17 +33,6 @@ impl Driver {
             .sum()
     }
 
-    /// An allocation that may wait for the devices.
-    fn allocate(&mut self, bytes: u64) -> Result<u64, Status> {
-        let current = self.healthy()?;
-        self.potentially_unsafe()?;
-        let device = self.context(current)?.device;
-        if bytes == 0 {
-            return Err(Status::INVALID_VALUE);
-        }
-        self.allocate_on(current, device, bytes, Kept::Device)
-    }
-
     /// Memory of a device, if it has that much left.
     pub(super) fn allocate_on(
         &mut self,
@@ -66,11 +56,7 @@ impl Driver {
     /// Memory of the host that the devices may access.
     fn allocate_host(&mut self, bytes: u64, kept: Kept) -> Result<u64, Status> {
         let current = self.healthy()?;
-        self.potentially_unsafe()?;
         let device = self.context(current)?.device;
-        if bytes == 0 {
-            return Err(Status::INVALID_VALUE);
-        }
         // As much as a device has, so that a size that is nonsense is refused here.
         let most = self.machine.devices[device as usize].properties.memory;
         let pinned = |a: &&(Handle, Kept, u64)| matches!(a.1, Kept::Host | Kept::Managed);
@@ -162,6 +148,31 @@ impl Driver {
     }
 }
 
+/// What every allocation asks before it waits.
+fn may_allocate(driver: &mut Driver, bytes: u64) -> Outcome {
+    driver.healthy()?;
+    driver.potentially_unsafe()?;
+    if bytes == 0 {
+        return Err(Status::INVALID_VALUE);
+    }
+    Ok(())
+}
+
+/// Memory of the calling thread's device.
+fn allocate(mut driver: Guard, bytes: u64) -> Result<u64, Status> {
+    may_allocate(&mut driver, bytes)?;
+    let mut driver = device_at_rest(driver)?;
+    let current = driver.current()?;
+    let device = driver.context(current)?.device;
+    driver.allocate_on(current, device, bytes, Kept::Device)
+}
+
+/// Memory of the host, which is mapped for every device.
+fn allocate_host(mut driver: Guard, bytes: u64, kept: Kept) -> Result<u64, Status> {
+    may_allocate(&mut driver, bytes)?;
+    all_at_rest(driver)?.allocate_host(bytes, kept)
+}
+
 /// The value of an attribute of a pointer, as wide as its type.
 enum Value {
     Narrow(u32),
@@ -231,7 +242,7 @@ impl Driver {
 
 api! {
     fn cuMemAlloc_v2(at: Out<u64>, bytes: u64) |driver| {
-        let address = driver.allocate(bytes)?;
+        let address = allocate(driver, bytes)?;
         at.set(address)
     }
 
@@ -241,7 +252,7 @@ api! {
         }
         let row = width.checked_next_multiple_of(512).ok_or(Status::OUT_OF_MEMORY)?;
         let bytes = row.checked_mul(height).ok_or(Status::OUT_OF_MEMORY)?;
-        let address = driver.allocate(bytes)?;
+        let address = allocate(driver, bytes)?;
         pitch.set(row)?;
         at.set(address)
     }
@@ -258,6 +269,7 @@ api! {
             for id in streams.chain(own).collect::<Vec<_>>() {
                 driver = wait_for(driver, id);
             }
+            driver = device_at_rest(driver)?;
         }
         driver.free(at, &[Kept::Device, Kept::Managed], "cuMemFree")
     }
@@ -266,12 +278,12 @@ api! {
         if !matches!(flags, 1 | 2) {
             return Err(Status::INVALID_VALUE);
         }
-        let address = driver.allocate_host(bytes, Kept::Managed)?;
+        let address = allocate_host(driver, bytes, Kept::Managed)?;
         at.set(address)
     }
 
     fn cuMemAllocHost_v2(at: Out<u64>, bytes: u64) |driver| {
-        let address = driver.allocate_host(bytes, Kept::Host)?;
+        let address = allocate_host(driver, bytes, Kept::Host)?;
         at.set(address)
     }
 
@@ -280,12 +292,15 @@ api! {
         if flags & !7 != 0 {
             return Err(Status::INVALID_VALUE);
         }
-        let address = driver.allocate_host(bytes, Kept::Host)?;
+        let address = allocate_host(driver, bytes, Kept::Host)?;
         at.set(address)
     }
 
     fn cuMemFreeHost(at: u64) |driver| {
         driver.potentially_unsafe()?;
+        if driver.is_host(at) && driver.healthy().is_ok() {
+            driver = all_at_rest(driver)?;
+        }
         driver.free(at, &[Kept::Host], "cuMemFreeHost")
     }
 
@@ -301,6 +316,7 @@ api! {
         if driver.machine.world.memory.is_used(at, last) {
             return Err(Status::HOST_MEMORY_ALREADY_REGISTERED);
         }
+        driver = all_at_rest(driver)?;
         let device = driver.context(current)?.device;
         // SAFETY: whoever registers memory keeps it until it is unregistered.
         unsafe { driver.machine.world.memory.map_host(at as *mut u8, bytes as usize, device) };
@@ -311,6 +327,9 @@ api! {
     fn cuMemHostUnregister(at: u64) |driver| {
         match driver.allocations.get(&at) {
             Some((_, Kept::Registered, _)) => {
+                if driver.healthy().is_ok() {
+                    driver = all_at_rest(driver)?;
+                }
                 driver.release(at);
                 Ok(())
             }

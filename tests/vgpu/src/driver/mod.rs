@@ -22,6 +22,7 @@ mod pool;
 mod programs;
 mod refused;
 mod report;
+mod rest;
 mod status;
 mod stream;
 
@@ -80,6 +81,8 @@ struct Function {
     kernel: Arc<Kernel>,
     /// What `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES` was set to.
     max_dynamic_shared: Option<u32>,
+    /// Its code is on the device.
+    loaded: bool,
 }
 
 struct Stream {

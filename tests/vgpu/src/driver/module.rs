@@ -4,19 +4,23 @@ use std::collections::BTreeMap;
 
 use super::device::found;
 use super::image::Image;
+use super::rest::{device_at_rest, load_here};
 use super::status::{In, Out, Status};
-use super::{Driver, FUNCTION, Function, Handle, MODULE, Module, api, explain};
+use super::{Driver, FUNCTION, Function, Guard, Handle, MODULE, Module, api, explain};
 use crate::loader::{self, Program};
 use crate::machine::SHARED_PER_BLOCK;
 
-impl Driver {
-    fn load(&mut self, image: Image) -> Result<Handle, Status> {
-        let context = self.healthy()?;
-        self.potentially_unsafe()?;
-        let program = self.program(&image)?;
-        self.place(&program, context)
+fn load(mut driver: Guard, image: Image) -> Result<Handle, Status> {
+    let context = driver.healthy()?;
+    driver.potentially_unsafe()?;
+    let program = driver.program(&image)?;
+    if Driver::loads_eagerly() {
+        driver = device_at_rest(driver)?;
     }
+    driver.place(&program, context)
+}
 
+impl Driver {
     /// Puts a program into a context.
     pub(super) fn place(&mut self, program: &Program, context: Handle) -> Result<Handle, Status> {
         let device = self.context(context)?.device;
@@ -96,6 +100,7 @@ impl Driver {
             module,
             kernel,
             max_dynamic_shared: None,
+            loaded: Driver::loads_eagerly(),
         };
         self.functions.insert(handle, function);
         if let Some(module) = self.modules.get_mut(&module) {
@@ -178,22 +183,22 @@ pub(super) fn words(name: In<u8>) -> Result<String, Status> {
 
 api! {
     fn cuModuleLoadData(module: Out<Handle>, image: In<u8>) |driver| {
-        let handle = driver.load(Image::at(image))?;
+        let handle = load(driver, Image::at(image))?;
         module.set(handle)
     }
 
     fn cuModuleLoadDataEx(module: Out<Handle>, image: In<u8>, _n: u32, _options: u64, _values: u64) |driver| {
-        let handle = driver.load(Image::at(image))?;
+        let handle = load(driver, Image::at(image))?;
         module.set(handle)
     }
 
     fn cuModuleLoadFatBinary(module: Out<Handle>, image: In<u8>) |driver| {
-        let handle = driver.load(Image::at(image))?;
+        let handle = load(driver, Image::at(image))?;
         module.set(handle)
     }
 
     fn cuModuleLoad(module: Out<Handle>, path: In<u8>) |driver| {
-        let handle = driver.load(Image::read(path)?)?;
+        let handle = load(driver, Image::read(path)?)?;
         module.set(handle)
     }
 
@@ -205,6 +210,7 @@ api! {
 
     fn cuModuleGetFunction(function: Out<Handle>, module: Handle, name: In<u8>) |driver| {
         let handle = driver.function(module, &words(name)?)?;
+        let (_driver, handle) = load_here(driver, handle)?;
         function.set(handle)
     }
 
@@ -231,19 +237,19 @@ api! {
         Ok(())
     }
 
-    // Modules are lowered when they are loaded: CU_MODULE_EAGER_LOADING.
+    // CU_MODULE_EAGER_LOADING, CU_MODULE_LAZY_LOADING
     fn cuModuleGetLoadingMode(mode: Out<u32>) |_driver| {
-        mode.set(1)
+        mode.set(if Driver::loads_eagerly() { 1 } else { 2 })
     }
 
     fn cuFuncGetAttribute(value: Out<i32>, number: u32, function: Handle) |driver| {
-        let function = driver.resolve_here(function)?;
+        let (driver, function) = load_here(driver, function)?;
         let found = driver.attribute(number, function)?;
         value.set(found)
     }
 
     fn cuFuncSetAttribute(function: Handle, number: u32, value: i32) |driver| {
-        let function = driver.resolve_here(function)?;
+        let (mut driver, function) = load_here(driver, function)?;
         driver.set_attribute(function, number, value)
     }
 
@@ -274,22 +280,22 @@ api! {
 
     fn cuFuncIsLoaded(state: Out<u32>, function: Handle) |driver| {
         let function = driver.resolve_here(function)?;
-        found(driver.functions.contains_key(&function))?;
-        state.set(1)
+        let known = driver.functions.get(&function).ok_or(Status::INVALID_HANDLE)?;
+        state.set(known.loaded.into())
     }
 
     fn cuFuncLoad(function: Handle) |driver| {
-        let function = driver.resolve_here(function)?;
+        let (driver, function) = load_here(driver, function)?;
         found(driver.functions.contains_key(&function))
     }
 
     fn cuFuncSetCacheConfig(function: Handle, _config: u32) |driver| {
-        let function = driver.resolve_here(function)?;
+        let (driver, function) = load_here(driver, function)?;
         found(driver.functions.contains_key(&function))
     }
 
     fn cuFuncSetSharedMemConfig(function: Handle, _config: u32) |driver| {
-        let function = driver.resolve_here(function)?;
+        let (driver, function) = load_here(driver, function)?;
         found(driver.functions.contains_key(&function))
     }
 }

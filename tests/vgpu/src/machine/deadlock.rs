@@ -64,7 +64,7 @@ impl Machine {
 
     /// Nothing can advance any more and the host, which waits in these calls, will not help:
     /// reports who waits for what, and ends the devices concerned.
-    pub fn declare_deadlock(&mut self, calls: &[&str]) {
+    pub fn declare_deadlock(&mut self, calls: &[String]) {
         let mut stuck: Vec<u32> = Vec::new();
         let mut findings = Vec::new();
         for resident in &self.resident {
@@ -89,7 +89,7 @@ impl Machine {
     }
 
     /// Who waits for what on a device.
-    fn stuck_on(&self, device: u32, calls: &[&str]) -> Finding {
+    fn stuck_on(&self, device: u32, calls: &[String]) -> Finding {
         let mut words = Vec::new();
         // Of whoever spins, else of whoever waits at a barrier for those who do.
         let mut first: Option<(bool, Place, Thread, Option<u64>)> = None;

@@ -12,4 +12,5 @@ mod modules;
 mod programs;
 mod random;
 mod report;
+mod rest;
 mod symbols;
