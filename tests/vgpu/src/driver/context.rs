@@ -21,6 +21,14 @@ impl Driver {
         handle
     }
 
+    /// A device that has died gets no new context.
+    pub(super) fn check_dead(&self, device: u32) -> Outcome {
+        match self.machine.world.memory.links.is_dead(device) {
+            true => self.check(device),
+            false => Ok(()),
+        }
+    }
+
     pub(super) fn retain_primary(&mut self, device: u32) -> Handle {
         let (context, _, flags) = self.primaries[device as usize];
         let handle = match context {
@@ -121,6 +129,7 @@ fn create(driver: &mut Driver, context: Out<Handle>, flags: u32, device: i32) ->
     if context.address() == 0 {
         return Err(Status::INVALID_VALUE);
     }
+    driver.check_dead(device)?;
     let handle = driver.create_context(device, flags, false);
     push(handle);
     context.set(handle)

@@ -9,7 +9,7 @@ use super::status::{In, Out, Outcome, Status};
 use super::{Driver, Guard, Handle, api, explain, wait_for};
 use crate::finding::Fault;
 use crate::machine::{Command, World};
-use crate::memory::Memory;
+use crate::memory::{Crossing, Memory};
 
 /// Nothing of a process lies below: an offset from a null pointer.
 const LOWEST: u64 = 4096;
@@ -108,7 +108,10 @@ impl Copy {
         for layout in [self.to, self.from] {
             let span = layout.span(self.extent).ok_or(Status::INVALID_VALUE)?;
             match layout.end {
-                End::Device(at) => driver.check_range(name, at, span)?,
+                End::Device(at) => {
+                    driver.check_range(name, at, span)?;
+                    driver.check_alive(at)?;
+                }
                 End::Host(at) => {
                     if at < LOWEST || at.checked_add(span).is_none() {
                         return Err(Status::INVALID_VALUE);
@@ -145,7 +148,19 @@ impl Copy {
                 let [from, to] = [self.from.end, self.to.end].map(|end| end.device(&world.memory));
                 report.copied(&world.memory, from, to, self.extent.iter().product());
             }
+            let reads = reach(world, self.from.end)?;
+            if !reach(world, self.to.end)? {
+                return Ok(());
+            }
             for (n, (y, z)) in self.rows().enumerate() {
+                if !reads {
+                    let ones = vec![0xff; width];
+                    match self.to.at(y, z) {
+                        End::Device(to) => world.memory.write(to, &ones).map_err(failed)?,
+                        End::Host(to) => Out::at(to).write(&ones),
+                    }
+                    continue;
+                }
                 match (self.to.at(y, z), self.from.at(y, z)) {
                     (End::Device(to), End::Device(from)) => {
                         world.memory.copy(to, from, width).map_err(failed)?;
@@ -201,6 +216,19 @@ impl Copy {
     }
 }
 
+/// Whether the engine at work reaches memory: if not, what it writes there is lost and what it
+/// reads is ones. A dead device, or link, may end its context.
+fn reach(world: &World, end: End) -> Result<bool, Fault> {
+    let Some(device) = end.device(&world.memory) else {
+        return Ok(true);
+    };
+    match world.memory.links.engine_crosses(world.engine, device) {
+        Crossing::Arrives => Ok(true),
+        Crossing::Lost => Ok(false),
+        Crossing::Fatal | Crossing::Barred => Err(Fault::NvlinkUncorrectable),
+    }
+}
+
 /// A fill of rows with a unit of 1, 2 or 4 bytes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Fill {
@@ -230,12 +258,13 @@ impl Fill {
         }
         let rows = (self.height - 1).checked_mul(self.pitch);
         let span = rows.and_then(|rows| rows.checked_add(row));
-        driver.check_range(name, self.at, span.ok_or(Status::INVALID_VALUE)?)
+        driver.check_range(name, self.at, span.ok_or(Status::INVALID_VALUE)?)?;
+        driver.check_alive(self.at)
     }
 
     pub(super) fn command(self) -> Command {
         Command::Work(Box::new(move |world: &mut World| {
-            if self.width == 0 || self.height == 0 {
+            if self.width == 0 || self.height == 0 || !reach(world, End::Device(self.at))? {
                 return Ok(());
             }
             let unit = &self.value.to_le_bytes()[..self.unit as usize];

@@ -134,6 +134,7 @@ api! {
 
     fn cuDevicePrimaryCtxRetain(context: Out<u64>, device: i32) |driver| {
         driver.properties(device)?;
+        driver.check_dead(device as u32)?;
         let handle = driver.retain_primary(device as u32);
         context.set(handle)
     }

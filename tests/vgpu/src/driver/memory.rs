@@ -137,6 +137,18 @@ impl Driver {
             })
     }
 
+    /// Whether the device whose memory an address is has not died.
+    pub(super) fn check_alive(&self, address: u64) -> Outcome {
+        let memory = &self.machine.world.memory;
+        let found = memory.containing(address);
+        match found.filter(|(_, a)| !a.region.is_host()) {
+            Some((_, allocation)) if memory.links.is_dead(allocation.device) => {
+                self.check(allocation.device)
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn is_device(&self, address: u64) -> bool {
         self.machine.world.memory.containing(address).is_some()
     }

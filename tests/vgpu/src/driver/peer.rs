@@ -77,6 +77,7 @@ api! {
         if current == peer {
             return Err(Status::INVALID_CONTEXT);
         }
+        driver.check_dead(to)?;
         if from != to && !driver.machine.world.memory.links.can_access(from, to) {
             return Err(Status::PEER_ACCESS_UNSUPPORTED);
         }

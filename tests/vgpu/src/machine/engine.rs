@@ -138,6 +138,7 @@ impl Machine {
                 findings: Findings::new(&config.checks),
                 config,
                 now: 0,
+                engine: 0,
                 clock_reads: 0,
                 polls: 0,
                 lane_instructions: 0,

@@ -93,6 +93,8 @@ pub struct World {
     pub config: Config,
     /// Virtual nanoseconds since the start.
     pub now: u64,
+    /// The device whose stream does the work at hand.
+    pub engine: u32,
     /// Lane-instructions run by blocks that have ended.
     pub lane_instructions: u64,
     /// How often a kernel looked at a clock: whoever does will see it advance.

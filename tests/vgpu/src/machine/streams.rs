@@ -298,6 +298,7 @@ impl Machine {
                 self.world.memory.set_actor(id.0, &stream.clock);
                 stream.finished += 1;
                 stream.clock.tick(id.0);
+                self.world.engine = device;
                 let result = work(&mut self.world);
                 self.world.memory.clear_actor();
                 for finding in std::mem::take(&mut self.world.memory.findings) {

@@ -335,6 +335,27 @@ impl Links {
         from != to && self.is_enabled(from, to) && self.links[self.at(from, to)].lossy
     }
 
+    /// What becomes of what a device's engine does to memory of another, or its own: it takes their
+    /// link where peer access is enabled, and the way through the host otherwise.
+    pub fn engine_crosses(&self, engine: u32, of: u32) -> Crossing {
+        let dead = self.is_dead(of);
+        if engine == of || !self.is_enabled(engine, of) {
+            return if dead {
+                Crossing::Fatal
+            } else {
+                Crossing::Arrives
+            };
+        }
+        let at = self.at(engine, of);
+        let link = self.links[at];
+        let dead = dead || link.dies_at.is_some_and(|k| self.used[at] >= k);
+        match link.fabric {
+            Fabric::Pcie if dead => Crossing::Lost,
+            _ if dead => Crossing::Fatal,
+            _ => Crossing::Arrives,
+        }
+    }
+
     /// At which of its operations a device dies.
     pub fn dies_at(&self, device: u32) -> Option<u64> {
         self.dies_at[device as usize]

@@ -12,6 +12,7 @@ pub(crate) type Handle = u64;
 unsafe extern "C" {
     pub(crate) fn cuInit(flags: u32) -> u32;
     pub(crate) fn cuDevicePrimaryCtxRetain(context: *mut Handle, device: i32) -> u32;
+    pub(crate) fn cuDevicePrimaryCtxReset_v2(device: i32) -> u32;
     pub(crate) fn cuDeviceCanAccessPeer(can: *mut i32, device: i32, peer: i32) -> u32;
     pub(crate) fn cuDeviceGetP2PAttribute(v: *mut i32, number: u32, from: i32, to: i32) -> u32;
     pub(crate) fn cuCtxSetCurrent(context: Handle) -> u32;
@@ -25,6 +26,16 @@ unsafe extern "C" {
     pub(crate) fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, bytes: usize) -> u32;
     pub(crate) fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, bytes: usize) -> u32;
     pub(crate) fn cuMemcpyPeer(to: u64, tc: Handle, from: u64, fc: Handle, bytes: usize) -> u32;
+    pub(crate) fn cuMemcpyPeerAsync(
+        to: u64,
+        tc: Handle,
+        from: u64,
+        fc: Handle,
+        bytes: usize,
+        stream: Handle,
+    ) -> u32;
+    pub(crate) fn cuMemFree_v2(at: u64) -> u32;
+    pub(crate) fn cuCtxSynchronize() -> u32;
     pub(crate) fn cuIpcGetMemHandle(handle: *mut c_void, at: u64) -> u32;
     pub(crate) fn cuIpcGetEventHandle(handle: *mut c_void, event: Handle) -> u32;
     pub(crate) fn cuStreamCreate(stream: *mut Handle, flags: u32) -> u32;
@@ -151,11 +162,17 @@ impl Gpu {
     /// Launches with these words as its parameters.
     pub(crate) fn launch(&self, name: &str, grid: u32, block: u32, args: &[u64]) {
         let function = self.function(name);
+        let code = self.try_launch(function, grid, block, args);
+        assert_eq!(code, 0, "cuLaunchKernel of {name}");
+    }
+
+    /// The same with a function; the call's code.
+    pub(crate) fn try_launch(&self, function: Handle, grid: u32, block: u32, args: &[u64]) -> u32 {
         let bytes = size_of_val(args);
         // CU_LAUNCH_PARAM_BUFFER_POINTER, …_SIZE, …_END
         let extra: [usize; 5] = [1, args.as_ptr() as usize, 2, &raw const bytes as usize, 0];
         let (stream, extra) = (self.stream, extra.as_ptr().cast());
-        cu!(cuLaunchKernel(
+        code!(cuLaunchKernel(
             function,
             grid,
             1,
@@ -167,6 +184,6 @@ impl Gpu {
             stream,
             null_mut(),
             extra
-        ));
+        ))
     }
 }

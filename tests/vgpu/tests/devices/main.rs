@@ -6,6 +6,7 @@ mod clean;
 mod compile;
 mod counts;
 mod cuda;
+mod dying;
 mod mutants;
 mod node;
 mod peers;
