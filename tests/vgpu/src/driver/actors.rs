@@ -264,7 +264,7 @@ impl Actors {
         self.unreplayable.is_none()
     }
 
-    fn cannot_be_replayed(&mut self, why: String) {
+    pub(super) fn cannot_be_replayed(&mut self, why: String) {
         if self.unreplayable.is_none() {
             eprintln!("vgpu: this run cannot be replayed from its seed: {why}");
             self.unreplayable = Some(why);
@@ -281,6 +281,12 @@ impl Actors {
         if let Some(actor) = next.and_then(|t| self.threads.get(&t)) {
             actor.wake.notify_all();
         }
+    }
+
+    /// What comes depends on nothing but the next seed.
+    pub(super) fn begin_anew(&mut self) {
+        self.unreplayable = None;
+        self.ignored.clear();
     }
 
     /// In which calls threads wait, for reports.

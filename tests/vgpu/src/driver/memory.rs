@@ -5,18 +5,6 @@ use super::status::{In, Out, Outcome, Status};
 use super::{Driver, Guard, Handle, Kept, api, explain, wait_for};
 use crate::finding::{Finding, Kind};
 
-/// Pages of the host, all zero, that cost nothing until they are touched; None if there are none.
-fn map_pages(bytes: u64) -> Option<*mut u8> {
-    let bytes = usize::try_from(bytes).ok()?;
-    let (access, kind) = (
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-    );
-    // SAFETY: a mapping of its own, where the system chooses.
-    let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, kind, -1, 0) };
-    (at != libc::MAP_FAILED).then_some(at.cast())
-}
-
 impl Driver {
     fn used(&self, device: u32) -> u64 {
         let memory = &self.machine.world.memory;
@@ -64,7 +52,14 @@ impl Driver {
         if bytes > most.saturating_sub(used) {
             return Err(Status::OUT_OF_MEMORY);
         }
-        let at = map_pages(bytes).ok_or(Status::OUT_OF_MEMORY)?;
+        let mapped = self.pinned.map(device, bytes);
+        let (at, as_ever) = mapped.ok_or(Status::OUT_OF_MEMORY)?;
+        if !as_ever {
+            self.actors.cannot_be_replayed(format!(
+                "{bytes} bytes of pinned memory lie at {at:p}, since something else lies where they \
+                 lie in other processes"
+            ));
+        }
         // SAFETY: it is freed only after the devices have forgotten it, in `release`.
         unsafe {
             self.machine

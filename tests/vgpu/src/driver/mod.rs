@@ -25,6 +25,7 @@ mod report;
 mod rest;
 mod status;
 mod stream;
+mod window;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -135,8 +136,11 @@ struct Driver {
     /// Names that programs hold pointers to.
     names: BTreeMap<String, Box<[u8]>>,
     allocations: BTreeMap<u64, (Handle, Kept, u64)>,
-    /// Handles given out, by device.
+    pinned: window::Pinned,
+    /// Handles given out, by device, and how often everything began anew: what was given out
+    /// before that means nothing any more.
     next: Vec<u64>,
+    generation: u64,
     /// The program's threads.
     actors: actors::Actors,
     printed: usize,
@@ -225,6 +229,7 @@ impl Driver {
     fn new() -> Self {
         let (config, understood) = configuration();
         let devices = config.devices as usize;
+        let pinned = window::Pinned::new(config.devices);
         let mut machine = Machine::new(config);
         if let Some(bytes) = number("VGPU_MEMORY") {
             for device in &mut machine.devices {
@@ -252,7 +257,9 @@ impl Driver {
             pools: pool::Pools::default(),
             names: BTreeMap::new(),
             allocations: BTreeMap::new(),
+            pinned,
             next: vec![0; devices.max(1)],
+            generation: 0,
             actors: actors::Actors::default(),
             printed: 0,
         }
@@ -270,7 +277,27 @@ impl Driver {
         let next = &mut self.next[device as usize];
         *next += 1;
         // Aligned as a pointer is: some wrappers ask for that.
-        kind | u64::from(device) << 34 | *next << 4
+        self.generation << 44 | kind | u64::from(device) << 34 | *next << 4
+    }
+
+    /// Everything begins anew, as in a new process with this seed.
+    fn reset(&mut self, seed: u64) {
+        let host = self.allocations.iter().filter(|(_, a)| a.1 != Kept::Device);
+        for at in host.map(|(at, _)| *at).collect::<Vec<_>>() {
+            self.release(at);
+        }
+        let counted = self.machine.world.report.is_some();
+        let before = std::mem::replace(self, Self::new());
+        self.initialised = before.initialised;
+        self.generation = before.generation + 1;
+        self.actors = before.actors;
+        self.actors.begin_anew();
+        // Programs keep pointers to them.
+        self.names = before.names;
+        if counted {
+            self.machine.world.report = Some(Box::default());
+        }
+        self.machine.set_seed(seed);
     }
 
     /// The calling thread's context.
@@ -479,6 +506,8 @@ api! {
             // SAFETY: `at_exit` is a function for as long as the library is loaded, and nobody
             // unloads a driver.
             unsafe { libc::atexit(at_exit) };
+            let (first, end, of_one) = driver.machine.world.memory.addresses();
+            window::reserve(first, end, of_one);
         }
         Ok(())
     }
@@ -509,6 +538,17 @@ api! {
             return Err(Status::NOT_READY);
         }
         driver.machine.set_seed(seed);
+        Ok(())
+    }
+
+    // Everything begins anew: contexts, memory, streams, clocks, findings and counts; what the
+    // program still holds of them is unknown from then on. The environment is read again.
+    fn vgpuReset(seed: u64) |driver| {
+        if !driver.machine.is_quiet() {
+            explain("vgpuReset", "the devices have work to do");
+            return Err(Status::NOT_READY);
+        }
+        driver.reset(seed);
         Ok(())
     }
 

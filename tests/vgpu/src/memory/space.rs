@@ -203,8 +203,15 @@ impl Memory {
 
     /// Whether an address lies where the devices' memory does, allocated or not.
     pub fn is_of_devices(&self, address: u64) -> bool {
+        let (first, end, _) = self.addresses();
+        (first..end).contains(&address)
+    }
+
+    /// The addresses of the devices' memory, from the first to before the last, and how many each
+    /// of them has.
+    pub fn addresses(&self) -> (u64, u64, u64) {
         let end = FIRST_ADDRESS + self.next.len() as u64 * DEVICE_WINDOW;
-        (FIRST_ADDRESS..end).contains(&address)
+        (FIRST_ADDRESS, end, DEVICE_WINDOW)
     }
 
     /// Whether any allocation has a byte between two addresses, both included.
