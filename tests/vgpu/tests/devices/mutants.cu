@@ -37,19 +37,23 @@ ONE_SHOT(fence_at_gpu_scope, fence_gpu(); SET(st_relaxed_sys), WAIT(ld_acquire_s
 ONE_SHOT(no_end_barrier, SET(st_release_sys), WAIT(ld_acquire_sys), )
 ONE_SHOT(no_start_barrier, , , END)
 
-// The fence stands in every thread before the block's barrier, and none in the flag's thread.
-KERNEL fence_before_the_barrier(Ranks r, u64 *out, u64 n, u64) {
-    u64 i = threadIdx.x, sum = 0;
-    if (i < n) r.data[r.rank][i] = r.rank + i;  // fence_before_the_barrier
-    fence_sys();
-    __syncthreads();
-    if (i >= 32 && i < 32 + r.world) st_relaxed_sys(&r.flags[i - 32][r.rank], 1);
-    if (i < r.world) wait_for(&r.flags[r.rank][i], 1);
-    __syncthreads();
-    if (i < n)
-        for (u64 p = 0; p < r.world; ++p) sum += r.data[p][i];
-    if (i < n) out[i] = sum;
-}
+// The fence stands before the block's barrier: in the threads that write, and none in the flag's; or
+// in every thread, where that of the flag's thread comes too early to publish what others wrote.
+#define FENCE_FIRST(name, who) \
+    KERNEL name(Ranks r, u64 *out, u64 n, u64) { \
+        u64 i = threadIdx.x, sum = 0; \
+        if (i < n) r.data[r.rank][i] = r.rank + i; /* name */ \
+        if (who) fence_sys(); \
+        __syncthreads(); \
+        if (i >= 32 && i < 32 + r.world) st_relaxed_sys(&r.flags[i - 32][r.rank], 1); \
+        if (i < r.world) wait_for(&r.flags[r.rank][i], 1); \
+        __syncthreads(); \
+        if (i < n) \
+            for (u64 p = 0; p < r.world; ++p) sum += r.data[p][i]; \
+        if (i < n) out[i] = sum; \
+    }
+FENCE_FIRST(fence_before_the_barrier, i < n)
+FENCE_FIRST(fence_of_all_before_the_barrier, true)
 
 // The flag is released before the block's other warps have written.
 KERNEL no_barrier_before_the_flag(Ranks r, u64 *out, u64 n, u64) {
@@ -89,12 +93,28 @@ KERNEL read_through_nc(Ranks r, u64 *out, u64 n, u64) {
     if (i < n) out[i] = sum;
 }
 
-// Four words in one access, the last of them the flag of the other three.
+// Four words in one access, the last of them the flag of the other three: the words of a strong
+// access have no order, though whoever reads the flag acquires.
 KERNEL one_flag_for_a_vector(Ranks r, u64 *out, u64 n, u64) {
     u64 i = threadIdx.x;
     if (i >= n) return;
+    u32 a = r.rank + i, x, y, flag;
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %1, %1, %2};"  // one_flag_for_a_vector
+                 ::"l"(&r.data[(r.rank + 1) % r.world][2 * i]), "r"(a), "r"(1u) : "memory");
+    const u64 *slot = &r.data[r.rank][2 * i];
+    do
+        asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(flag) : "l"((const u32 *)slot + 3) : "memory");
+    while (flag != 1);
+    asm volatile("ld.weak.global.v2.u32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "l"(slot) : "memory");
+    out[i] = x + y;
+}
+
+// The same in a weak access, read as a whole: already the flag is written weakly.
+KERNEL flag_in_a_weak_vector(Ranks r, u64 *out, u64 n, u64) {
+    u64 i = threadIdx.x;
+    if (i >= n) return;
     u32 a = r.rank + i;
-    asm volatile("st.weak.global.v4.u32 [%0], {%1, %1, %1, %2};"  // one_flag_for_a_vector
+    asm volatile("st.weak.global.v4.u32 [%0], {%1, %1, %1, %2};"  // flag_in_a_weak_vector
                  ::"l"(&r.data[(r.rank + 1) % r.world][2 * i]), "r"(a), "r"(1u) : "memory");
     u32 x, y, z, flag;
     do
