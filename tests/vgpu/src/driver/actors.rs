@@ -449,7 +449,8 @@ fn wait(mut driver: Guard, until: Until, learns: bool) -> Guard {
         // A thread that is ending and no longer counts.
         None => {
             while !driver.is_met(&until) {
-                if !matches!(driver.machine.step(), Progress::Advanced) {
+                let progress = driver.machine.step();
+                if !matches!(progress, Progress::Advanced | Progress::Released) {
                     break;
                 }
             }
