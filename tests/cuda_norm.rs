@@ -390,3 +390,52 @@ fn a_column_too_many_is_found() {
         "{words}"
     );
 }
+
+/// Of a row that fits the registers, every element is read once, in whole sectors.
+#[test]
+fn a_row_is_read_once() {
+    let Some(gpu) = Gpu::take() else { return };
+    let (rows, cols) = (3, 1024);
+    let bytes = (4 * rows * cols) as u64;
+    let layout = RowLayout::contiguous(DType::F32, rows, cols);
+    let x = Operand::new(&gpu, layout, 0, Some(&vec![2.0; rows * cols]));
+    let weight = Vector::new(&gpu, &vec![1.0; cols], 0);
+    let mut out = Operand::new(&gpu, layout, 0, None);
+    gpu.stream.synchronize().expect("the uploads");
+    if !gpu.driver.count() {
+        test_driver::skipped("a real driver counts nothing");
+        return;
+    }
+    let (from, to) = (x.buffer.address(), out.buffer.address());
+    let target = out.rows_mut();
+    cuda::rms_norm(
+        &gpu.kernels,
+        &gpu.stream,
+        x.rows(),
+        weight.view(),
+        0.0,
+        target,
+    )
+    .expect("a norm");
+    gpu.stream.synchronize().expect("the norm");
+    let read = gpu.driver.touched(from, bytes);
+    assert_eq!(
+        (read.read, read.read_distinct, read.written),
+        (bytes, bytes, 0)
+    );
+    let written = gpu.driver.touched(to, bytes);
+    let counts = (written.read, written.written, written.written_distinct);
+    assert_eq!(counts, (0, bytes, bytes));
+    let report = gpu.driver.report();
+    assert_eq!(report.launches.len(), 1);
+    let counts = &report.total;
+    // The rows, and the weight for each of them.
+    assert_eq!(counts.global_loads.bytes, 2 * bytes);
+    assert_eq!(counts.global_loads.sectors, 2 * bytes / 32);
+    assert_eq!(counts.global_stores.sectors, bytes / 32);
+    assert_eq!(
+        counts.shared_loads.conflicts + counts.shared_stores.conflicts,
+        0
+    );
+    assert!(counts.links.is_empty(), "{:?}", counts.links);
+}
