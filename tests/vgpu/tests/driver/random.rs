@@ -8,8 +8,10 @@ use crate::cuda::{Child, Cuda, child};
 /// Cases from here on, and for how long.
 const FROM: &str = "VGPU_FUZZ_FROM";
 const SECONDS: &str = "VGPU_FUZZ_SECONDS";
-/// A case that takes longer is one that hangs.
-const PATIENCE: u32 = 30;
+/// A case that takes longer is one that hangs: in seconds of processor time, for the machine may be
+/// busy, and on the wall.
+const PATIENCE: i64 = 30;
+const PATIENCE_ON_THE_WALL: u32 = 300;
 /// More memory than any case needs.
 const MEMORY: u64 = 8 << 30;
 
@@ -83,14 +85,32 @@ pub(crate) fn cases(seconds: u64, mut case: impl FnMut(u64)) {
     let mut seed = from;
     while start.elapsed() < time {
         eprintln!("case {seed}");
-        // SAFETY: ends the process, which the parent sees, if a case takes too long.
-        unsafe { libc::alarm(PATIENCE) };
+        give(PATIENCE, PATIENCE_ON_THE_WALL);
         case(seed);
         seed += 1;
     }
-    // SAFETY: as above.
-    unsafe { libc::alarm(0) };
+    give(0, 0);
     println!("{} cases", seed - from);
+}
+
+/// Ends the process, which its parent sees, if it goes on for longer; 0 is no limit.
+fn give(processor: i64, wall: u32) {
+    let none = libc::timeval {
+        tv_sec: 0,
+        tv_usec: 0,
+    };
+    let timer = libc::itimerval {
+        it_interval: none,
+        it_value: libc::timeval {
+            tv_sec: processor,
+            ..none
+        },
+    };
+    // SAFETY: both only set timers; their signals end a process that does not handle them.
+    unsafe {
+        libc::setitimer(libc::ITIMER_PROF, &timer, std::ptr::null_mut());
+        libc::alarm(wall);
+    }
 }
 
 /// Runs a fuzz test, which must neither end early nor hang nor meet a panic in the library.
