@@ -3,9 +3,12 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests, too
 
+mod random;
+
 use std::ops::RangeInclusive;
 
 use half::{bf16, f16};
+use random::Random;
 use ringtp::comm::{
     ALL, AllReduce, Auto, CommError, GroupOptions, OneShot, Ring, Rounding, Staging, TwoShot, Wire,
     by_name, reduce, run_ranks,
@@ -51,49 +54,6 @@ fn sizes() -> Vec<usize> {
         8192,
         8193,
     ]
-}
-
-/// A small generator with a printed seed (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    /// Ordinary values, and now and then one of the awkward ones.
-    fn value(&mut self) -> f32 {
-        const AWKWARD: [f32; 12] = [
-            0.0,
-            -0.0,
-            1e-45,
-            -1e-45,
-            6e-8,
-            -6e-8,
-            f32::MAX,
-            f32::MIN,
-            65504.0,
-            f32::INFINITY,
-            f32::NEG_INFINITY,
-            f32::NAN,
-        ];
-        match self.below(8) {
-            0 => AWKWARD[self.below(AWKWARD.len() as u64) as usize],
-            1 => -(self.below(1000) as f32) * 1e-40,
-            _ => {
-                (self.below(1 << 24) as f32 / (1 << 23) as f32 - 1.0)
-                    * 2f32.powi(self.below(20) as i32 - 10)
-            }
-        }
-    }
 }
 
 /// What every rank starts with.
@@ -237,7 +197,7 @@ fn exact_matrix<T: Element>() {
     for world_size in RANKS {
         for len in sizes() {
             // Integers up to 15: sums up to 120 are exact in every type.
-            let mut random = Random(len as u64);
+            let mut random = Random::new(len as u64);
             let inputs: Vec<Vec<T>> = inputs(world_size, len, || random.below(31) as f32 - 15.0);
             let expected: Vec<i64> = (0..len)
                 .map(|i| inputs.iter().map(|input| input[i].to_f32() as i64).sum())
@@ -280,8 +240,8 @@ fn sums_of_small_integers_are_exact_in_f16() {
 fn random_matrix<T: Element>(seed: u64) {
     for world_size in RANKS {
         for len in [1, 17, 513, 1009, 9001] {
-            let mut random = Random(seed ^ (world_size * 100_000 + len) as u64);
-            let inputs: Vec<Vec<T>> = inputs(world_size, len, || random.value());
+            let mut random = Random::new(seed ^ (world_size * 100_000 + len) as u64);
+            let inputs: Vec<Vec<T>> = inputs(world_size, len, || random.awkward());
             for algorithm in algorithms() {
                 let outputs = reduced(algorithm, &inputs);
                 check(algorithm.rounding(), &inputs, &outputs).unwrap_or_else(|problem| {
@@ -315,8 +275,8 @@ fn random_and_awkward_values_keep_the_contract_in_f16() {
 #[test]
 fn a_message_of_a_mebibyte_keeps_the_contract() {
     for world_size in [2, 3, 8] {
-        let mut random = Random(4);
-        let inputs: Vec<Vec<f32>> = inputs(world_size, (1 << 18) + 3, || random.value());
+        let mut random = Random::new(4);
+        let inputs: Vec<Vec<f32>> = inputs(world_size, (1 << 18) + 3, || random.awkward());
         for algorithm in algorithms() {
             let outputs = reduced(algorithm, &inputs);
             check(algorithm.rounding(), &inputs, &outputs).unwrap();
@@ -327,10 +287,10 @@ fn a_message_of_a_mebibyte_keeps_the_contract() {
 #[test]
 fn one_shot_two_shot_and_auto_give_the_same_bits() {
     for seed in 0..20 {
-        let mut random = Random(seed);
-        let world_size = 2 + random.below(7) as usize;
-        let len = random.below(40_000) as usize;
-        let inputs: Vec<Vec<bf16>> = inputs(world_size, len, || random.value());
+        let mut random = Random::new(seed);
+        let world_size = 2 + random.below(7);
+        let len = random.below(40_000);
+        let inputs: Vec<Vec<bf16>> = inputs(world_size, len, || random.awkward());
         let expected = reduced(&OneShot, &inputs);
         for algorithm in [&TwoShot as &dyn AllReduce, &Auto] {
             for (a, b) in reduced(algorithm, &inputs).iter().zip(&expected) {
@@ -342,8 +302,8 @@ fn one_shot_two_shot_and_auto_give_the_same_bits() {
 
 #[test]
 fn the_ring_gives_the_same_bits_from_run_to_run() {
-    let mut random = Random(5);
-    let inputs: Vec<Vec<f16>> = inputs(5, 1009, || random.value());
+    let mut random = Random::new(5);
+    let inputs: Vec<Vec<f16>> = inputs(5, 1009, || random.awkward());
     let first = reduced(&SMALL_RING, &inputs);
     for _ in 0..20 {
         for (a, b) in reduced(&SMALL_RING, &inputs).iter().zip(&first) {
@@ -359,14 +319,14 @@ fn a_thousand_calls_of_shrinking_and_growing_sizes_keep_apart() {
     for world_size in [2, 3, 8] {
         let results = run_ranks(world_size, GroupOptions::default(), |comm| {
             // The same on all ranks.
-            let mut random = Random(6);
+            let mut random = Random::new(6);
             let (n, rank) = (comm.world_size(), comm.rank());
             for call in 0..1000 {
                 let most = 1 << random.below(13);
-                let len = random.below(most) as usize;
+                let len = random.below(most);
                 let algorithms = algorithms();
-                let algorithm = algorithms[random.below(algorithms.len() as u64) as usize];
-                let base = random.below(1000) as usize;
+                let algorithm = algorithms[random.below(algorithms.len())];
+                let base = random.below(1000);
                 let mut data: Vec<f32> = (0..len)
                     .map(|i| (base + i % 97 + rank * 1000) as f32)
                     .collect();
@@ -485,7 +445,7 @@ impl AllReduce for Mutant {
 
 /// Whether [`check`] finds something wrong with `mutant` in type `T`.
 fn rejects<T: Element>(mutant: Mutant, rounding: Rounding) -> bool {
-    let mut random = Random(7);
+    let mut random = Random::new(7);
     let mut inputs: Vec<Vec<T>> = inputs(5, 2000, || {
         (random.below(1 << 24) as f32 - (1 << 23) as f32) / 1000.0
     });

@@ -6,61 +6,9 @@ use ringtp::host::HostMatrix;
 
 use super::Rows;
 
-/// SplitMix64 (Steele, Lea and Flood, 2014).
-#[derive(Clone, Debug)]
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// Below `n`.
-    pub(crate) fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    pub(crate) fn flip(&mut self) -> bool {
-        self.below(2) == 1
-    }
-
-    pub(crate) fn choose<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len())]
-    }
-
-    /// In [-1, 1), now and then a power of two smaller or larger, or zero.
-    pub(crate) fn value(&mut self) -> f32 {
-        let value = (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0;
-        match self.below(16) {
-            0 => value * 8.0,
-            1 => value / 1024.0,
-            2 => 0.0,
-            _ => value,
-        }
-    }
-
-    pub(crate) fn values(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.value()).collect()
-    }
-
-    /// From -3 to 3: in every type, and sums of their products in f32, exact.
-    pub(crate) fn integers(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.below(7) as f32 - 3.0).collect()
-    }
-
-    pub(crate) fn shuffle<T>(&mut self, list: &mut [T]) {
-        for i in (1..list.len()).rev() {
-            list.swap(i, self.below(i + 1));
-        }
-    }
-}
+#[path = "../random/mod.rs"]
+mod generator;
+pub(crate) use generator::Random;
 
 /// Runs `case` for `count` seeds; a panic is preceded by the seed.
 pub(crate) fn cases(count: u64, mut case: impl FnMut(&mut Random)) {
