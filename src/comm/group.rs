@@ -53,6 +53,9 @@ struct State {
     endpoints: Vec<Option<Endpoint>>,
     /// Who waits for the next generation.
     arrived: Vec<bool>,
+    /// Rebuilds that were given up, and who was missing in the last one.
+    given_up: u64,
+    missing: Vec<usize>,
     /// The number of the handle that speaks for each rank.
     incarnations: Vec<u64>,
 }
@@ -95,6 +98,8 @@ impl Group {
                     current: generation.clone(),
                     endpoints: Vec::new(),
                     arrived: vec![false; world_size],
+                    given_up: 0,
+                    missing: Vec::new(),
                     incarnations: vec![0; world_size],
                 }),
                 rebuilt: Condvar::new(),
@@ -192,6 +197,7 @@ impl Group {
             return Err(replaced(rank));
         }
         state.arrived[rank] = true;
+        let given_up = state.given_up;
         if state.arrived.iter().all(|&arrived| arrived) {
             state.current.abort(rank, || {
                 "the group was rebuilt; use the handle that took part".into()
@@ -207,20 +213,24 @@ impl Group {
                 return Err(replaced(rank));
             }
             let waited = start.elapsed();
-            if waited >= options.deadline {
-                let missing: Vec<_> = (0..world_size).filter(|&r| !state.arrived[r]).collect();
-                state.arrived[rank] = false;
+            if state.given_up == given_up && waited >= options.deadline {
+                // For all who wait, so that nobody names one who has waited and gone.
+                state.missing = (0..world_size).filter(|&r| !state.arrived[r]).collect();
+                state.arrived.fill(false);
+                state.given_up += 1;
+                rebuilt.notify_all();
+            }
+            if state.given_up != given_up {
                 return Err(CommError::RankFailed {
-                    rank: missing.first().copied().unwrap_or(rank),
+                    rank: state.missing.first().copied().unwrap_or(rank),
                     cause: format!(
-                        "rank {rank} waited {:?} in vain for all ranks to rebuild the group; \
-                         missing: {missing:?}",
-                        options.deadline
+                        "all ranks were to rebuild the group, and {:?} did not come within {:?}",
+                        state.missing, options.deadline
                     ),
                 });
             }
             state = rebuilt
-                .wait_timeout(state, options.deadline - waited)
+                .wait_timeout(state, options.deadline.saturating_sub(waited))
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
