@@ -36,6 +36,9 @@ const AGAIN: &str = "RINGTP_TEST_AGAIN";
 /// Set for the process of [`in_a_child`].
 const CHILD: &str = "RINGTP_TEST_IN_A_CHILD";
 
+/// What a child prints when its body has come to its end.
+const BODY_DONE: &str = "the body of the test has run in its child";
+
 type TakeText = unsafe extern "C" fn(*mut c_char, usize, *mut usize) -> u32;
 
 /// Says that something was left out and why, also where the test harness keeps what tests print to
@@ -162,6 +165,17 @@ impl Taken {
             read_distinct,
             written,
             written_distinct,
+        }
+    }
+
+    /// Starts the virtual GPU's choices anew from a seed, while nothing is in progress; a real
+    /// driver makes its own.
+    pub fn set_seed(&self, seed: u64) {
+        if let Some(address) = extra(c"vgpuSetSeed") {
+            // SAFETY: the virtual GPU exports this name with this type.
+            let set =
+                unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(u64) -> u32>(address) };
+            assert_eq!(set(seed), 0, "vgpuSetSeed");
         }
     }
 
@@ -305,13 +319,29 @@ pub fn cases_here(all: u64) -> u64 {
 /// Runs `body` in a process of its own, for a test that loses the context: this process starts
 /// test `this` again, where `body` runs, and gets what it printed.
 pub fn in_a_child(this: &str, body: impl FnOnce()) -> Option<String> {
-    if std::env::var_os(CHILD).is_some() {
-        body();
+    in_a_child_with(this, &[], body)
+}
+
+/// The same with these variables set there: another `VGPU_TOPOLOGY`, say. A test may do so several
+/// times, with different ones: each child runs the body that it was started for.
+pub fn in_a_child_with(
+    this: &str,
+    variables: &[(&str, &str)],
+    body: impl FnOnce(),
+) -> Option<String> {
+    // What tells the child from those for other variables.
+    let role = format!("{variables:?}");
+    if let Some(child) = std::env::var_os(CHILD) {
+        if child.to_str() == Some(role.as_str()) {
+            body();
+            println!("{BODY_DONE}");
+        }
         return None;
     }
     let output = Command::new(program())
         .args([this, "--exact", "--nocapture", "--test-threads=1"])
-        .env(CHILD, "1")
+        .envs(variables.iter().copied())
+        .env(CHILD, role)
         .output()
         .expect("the test starts again");
     let words = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -321,6 +351,7 @@ pub fn in_a_child(this: &str, body: impl FnOnce()) -> Option<String> {
         "{}\n{words}\n{errors}",
         output.status
     );
+    assert!(words.contains(BODY_DONE), "{this} did not run in its child");
     Some(words)
 }
 
