@@ -457,6 +457,7 @@ pub const kReasonTimeout: _bindgen_ty_20 = 1;
 pub const kReasonAborted: _bindgen_ty_20 = 2;
 pub const kReasonGeneration: _bindgen_ty_20 = 3;
 pub const kReasonOtherCall: _bindgen_ty_20 = 4;
+pub const kReasonLeft: _bindgen_ty_20 = 5;
 pub type _bindgen_ty_20 = ::core::ffi::c_uint;
 pub const kStepBarrier: _bindgen_ty_21 = 1;
 pub const kStepRingMessage: _bindgen_ty_21 = 2;
@@ -547,7 +548,8 @@ pub struct CollectiveArena {
     pub abort: u64,
     pub recorded: u64,
     pub probe_flags: [u64; 8usize],
-    pub __bindgen_padding_1: [u64; 6usize],
+    pub left: [u64; 8usize],
+    pub __bindgen_padding_1: [u64; 14usize],
     pub epochs: [u64; 32usize],
     pub barrier: [[u64; 8usize]; 32usize],
     pub sources: [[[u64; 8usize]; 32usize]; 2usize],
@@ -557,7 +559,7 @@ pub struct CollectiveArena {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of CollectiveArena"][::core::mem::size_of::<CollectiveArena>() - 40064usize];
+    ["Size of CollectiveArena"][::core::mem::size_of::<CollectiveArena>() - 40192usize];
     ["Alignment of CollectiveArena"][::core::mem::align_of::<CollectiveArena>() - 128usize];
     ["Offset of field: CollectiveArena::control"]
         [::core::mem::offset_of!(CollectiveArena, control) - 0usize];
@@ -567,18 +569,20 @@ const _: () = {
         [::core::mem::offset_of!(CollectiveArena, recorded) - 264usize];
     ["Offset of field: CollectiveArena::probe_flags"]
         [::core::mem::offset_of!(CollectiveArena, probe_flags) - 272usize];
+    ["Offset of field: CollectiveArena::left"]
+        [::core::mem::offset_of!(CollectiveArena, left) - 336usize];
     ["Offset of field: CollectiveArena::epochs"]
-        [::core::mem::offset_of!(CollectiveArena, epochs) - 384usize];
+        [::core::mem::offset_of!(CollectiveArena, epochs) - 512usize];
     ["Offset of field: CollectiveArena::barrier"]
-        [::core::mem::offset_of!(CollectiveArena, barrier) - 640usize];
+        [::core::mem::offset_of!(CollectiveArena, barrier) - 768usize];
     ["Offset of field: CollectiveArena::sources"]
-        [::core::mem::offset_of!(CollectiveArena, sources) - 2688usize];
+        [::core::mem::offset_of!(CollectiveArena, sources) - 2816usize];
     ["Offset of field: CollectiveArena::ring_sent"]
-        [::core::mem::offset_of!(CollectiveArena, ring_sent) - 6784usize];
+        [::core::mem::offset_of!(CollectiveArena, ring_sent) - 6912usize];
     ["Offset of field: CollectiveArena::ring_read"]
-        [::core::mem::offset_of!(CollectiveArena, ring_read) - 7040usize];
+        [::core::mem::offset_of!(CollectiveArena, ring_read) - 7168usize];
     ["Offset of field: CollectiveArena::probe"]
-        [::core::mem::offset_of!(CollectiveArena, probe) - 7296usize];
+        [::core::mem::offset_of!(CollectiveArena, probe) - 7424usize];
 };
 impl Default for CollectiveArena {
     fn default() -> Self {
@@ -589,7 +593,7 @@ impl Default for CollectiveArena {
         }
     }
 }
-pub const kCollectiveArenaBytes: _bindgen_ty_24 = 40064;
+pub const kCollectiveArenaBytes: _bindgen_ty_24 = 40192;
 pub type _bindgen_ty_24 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

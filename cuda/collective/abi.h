@@ -28,7 +28,9 @@ enum {
     // The peer is in a later generation: it was rebuilt without this rank.
     kReasonGeneration = 3,
     // The peer is in another call: another collective, size, type or root.
-    kReasonOtherCall = 4
+    kReasonOtherCall = 4,
+    // The peer has left the group and will not come.
+    kReasonLeft = 5
 };
 
 // What it waited for: `CollectiveRecord::step`.
@@ -48,7 +50,7 @@ typedef struct CollectiveRecord {
     uint32_t block;
     // The peer waited for.
     uint32_t peer;
-    // Of the flag waited for, and of the flag seen.
+    // Of the flag waited for, and of the flag seen; if aborted, 1 + the rank that raised the word.
     uint64_t epoch;
     uint64_t seen;
     // Nanoseconds waited.
@@ -93,6 +95,8 @@ typedef struct CollectiveArena {
     uint64_t recorded;
     // The probe's word from each rank.
     uint64_t probe_flags[kMaxRanks];
+    // The generation that each peer has left for good, written by it.
+    uint64_t left[kMaxRanks];
     // The epoch that each block's next collective begins with; the same for all blocks.
     uint64_t epochs[kCollectiveBlocks] __attribute__((aligned(128)));
     // The barrier flag of each peer's block, written by it.
@@ -105,7 +109,7 @@ typedef struct CollectiveArena {
     // What the probe of each rank writes here.
     uint8_t probe[kMaxRanks][kProbeBytes] __attribute__((aligned(128)));
 } CollectiveArena;
-RINGTP_ABI_SIZE(CollectiveArena, 40064)
+RINGTP_ABI_SIZE(CollectiveArena, 40192)
 
 // The parameters of every collective.
 typedef struct CollectiveArgs {

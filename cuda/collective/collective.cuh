@@ -19,8 +19,7 @@
 //   release stands in the thread that writes the flag, and is cumulative over the barrier.
 // - Rank p's thread for this rank polls the flag in its own memory with acquire at system scope,
 //   and a `__syncthreads()` hands on what it learned to its block.
-// - A flag has one writer, and its epoch only grows. Waiting for "at least mine" is right, as a
-// peer
+// - A flag has one writer, and its epoch only grows. Waiting for "at least mine" is right, as a peer
 //   may be one barrier ahead; it can't be two, since it waits for this rank's flag in between.
 // - A flag also has a tag of the call, so that ranks that make different calls find out: 16 bits of
 //   generation, 8 of tag, 40 of epoch. Epochs wrap; one that is ahead by more than `kWindow` is one
@@ -48,8 +47,10 @@
 //
 // # Losing a peer
 //
-// A wait ends at the deadline, when the abort word is raised, or when the peer turns out to be in
-// a later generation. Whoever gives up writes the record for the host, raises the abort word of
+// A wait ends at the deadline, when the abort word is raised, when the peer turns out to be in a
+// later generation, or when it has left for good (leave.cu: the word that says so is released after
+// the last flag of its, so a flag that is not there behind an acquire of the word will not come).
+// Whoever gives up writes the record for the host, raises the abort word of
 // all whom it reaches, and the whole block leaves without writing output. The word stays until
 // the group is rebuilt: later collectives see it in their first barrier and leave at once, so that
 // a captured step of many costs one deadline. A peer may have finished this collective; none
@@ -207,8 +208,9 @@ struct Collective {
         for (;;) {
             const uint64_t raised = ptx::ld_relaxed_sys(&mine->abort);
             if (is_raised(raised)) {
-                return give_up(kReasonAborted, step, peer, target, 0, waited);
+                return give_up(kReasonAborted, step, peer, target, raised, waited);
             }
+            const bool left = ptx::ld_acquire_sys(&mine->left[peer]) == generation();
             uint64_t seen = 0;
             Seen found = Seen::kNotYet;
             // A flag that is late by this much may as well be a little later.
@@ -224,6 +226,7 @@ struct Collective {
                 return give_up(kReasonOtherCall, step, peer, target, seen, waited);
             if (found == Seen::kLaterGeneration)
                 return give_up(kReasonGeneration, step, peer, target, seen, waited);
+            if (left) return give_up(kReasonLeft, step, peer, target, seen, waited);
             waited = ptx::globaltimer() - start;
             if (waited > mine->control.deadline_ns)
                 return give_up(kReasonTimeout, step, peer, target, seen, waited);

@@ -53,3 +53,7 @@ pub(super) const PROBE: Family = Family {
     name: "collective/probe",
     kernels: &["probe"],
 };
+pub(super) const LEAVE: Family = Family {
+    name: "collective/leave",
+    kernels: &["leave"],
+};

@@ -18,6 +18,7 @@ pub(super) const ALL: &[Family] = &[
     collective::ALL_GATHER,
     collective::BROADCAST,
     collective::PROBE,
+    collective::LEAVE,
 ];
 
 /// The families that [`Kernels::load`](super::Kernels::load) loads.

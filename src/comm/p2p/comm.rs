@@ -3,10 +3,8 @@
 use std::sync::{Arc, PoisonError};
 
 use super::algorithm::{DeviceAllReduce, OneShot, Reach, choose};
-use super::group::{Shared, generation, has_reach};
-use crate::backend::cuda::{
-    DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut, Function, Launch, Stream, abi,
-};
+use super::group::{Shared, generation, has_reach, lost};
+use crate::backend::cuda::{DeviceSlice, DeviceSliceMut, Function, Launch, Stream, abi};
 use crate::comm::cpu::CpuComm;
 use crate::comm::mailbox::Call;
 use crate::comm::{CommError, CommStats, part};
@@ -23,21 +21,21 @@ const PACK: u64 = 16;
 /// Nothing in a call depends on the host's memory, so a call can be captured in a graph; it may be
 /// replayed, also after a rebuild, as long as all ranks replay in the same order.
 ///
-/// Dropping it while peers wait for this rank fails them at once.
+/// When it is dropped, what it has put in is done still; whoever waits for more of this rank then
+/// fails at once.
 ///
 /// # Errors
 /// A call returns [`CommError::Argument`] or [`Error::Shape`] before anything is put in if this
 /// rank's arguments cannot be; the group stays usable. What goes wrong on a device surfaces at
 /// `synchronize`, on every rank within the deadline, as the same [`CommError`], and from then on at
-/// every call, until [`rebuild`](Self::rebuild).
+/// every call, until [`rebuild`](Self::rebuild). What the outputs of a call that failed hold is
+/// undefined; nothing outside of them is written.
 #[derive(Debug)]
 pub struct P2pComm {
     shared: Arc<Shared>,
     host: CpuComm,
     rank: usize,
     stats: CommStats,
-    /// A word of each rank, for barriers.
-    words: DeviceBuffer,
     /// The collective that was put in last.
     operation: &'static str,
 }
@@ -55,19 +53,14 @@ struct Plan<'a> {
 }
 
 impl P2pComm {
-    pub(super) fn new(shared: Arc<Shared>, host: CpuComm) -> Result<Self> {
-        let rank = host.rank();
-        let pool = DevicePool::new(&shared.contexts[rank], 0);
-        let bytes = 4 * (1 + shared.world_size());
-        let words = pool.zeros(bytes, &shared.streams[rank])?;
-        Ok(Self {
-            rank,
-            words,
+    pub(super) fn new(shared: Arc<Shared>, host: CpuComm) -> Self {
+        Self {
+            rank: host.rank(),
             shared,
             host,
             stats: CommStats::default(),
             operation: "nothing yet",
-        })
+        }
     }
 
     /// This rank, from 0.
@@ -311,7 +304,7 @@ impl P2pComm {
                 blocks,
                 threads,
                 args: gather_args(from, gathered, 1, &flat),
-                sent: (total * rows_now - flat[(self.rank + 1) % flat.len()]) * size,
+                sent: (total * rows_now - flat[self.successor()]) * size,
             })?;
             if rows > 1 {
                 let packs = ((total * rows_now * size) as u64).div_ceil(PACK);
@@ -360,7 +353,12 @@ impl P2pComm {
                 blocks,
                 threads,
                 args: gather_args(data.address(), data.address(), 1, &widths),
-                sent: data.len(),
+                // The message ends before the root.
+                sent: if self.successor() == root {
+                    0
+                } else {
+                    data.len()
+                },
             });
         }
         // One hop, or two with less out of the root's links: whichever the cost model prefers.
@@ -397,8 +395,8 @@ impl P2pComm {
 
     /// What is put in from now on runs after what every rank put in before its barrier.
     pub fn barrier(&mut self) -> Result<()> {
-        let at = self.words.address();
-        // SAFETY: words of this handle's own; nothing else uses them.
+        let at = self.shared.device(self.rank).words();
+        // SAFETY: words of this rank's own, for this alone; they live as long as the group.
         let (input, mut out) = unsafe {
             (
                 DeviceSlice::from_raw(at, 4),
@@ -414,14 +412,14 @@ impl P2pComm {
     /// Why a collective failed, if one did: the same on all ranks.
     pub fn synchronize(&mut self) -> Result<()> {
         self.enter()?;
-        let options = &self.shared.options;
-        let limit = 2 * options.deadline + options.drain;
-        let idle = self.stream().wait_until_idle(limit);
-        let gave_up = self.shared.device(self.rank).record(self.generation());
-        match idle {
-            Ok(true) if gave_up.is_none() => Ok(self.host.check()?),
-            _ => Err(self.fail().into()),
+        let limit = self.shared.options.longest_drain();
+        match self.stream().wait_until_idle(limit) {
+            // Not of a collective: the stream cannot be waited for, say, as it records a graph.
+            Err(error) if lost(&error).is_none() => return Err(error),
+            Ok(true) if self.is_well() => return Ok(()),
+            _ => {}
         }
+        Err(self.fail().into())
     }
 
     /// Ends the group because of an error of this rank: all others get
@@ -440,7 +438,7 @@ impl P2pComm {
     /// begin anew; captured graphs stay good.
     ///
     /// # Errors
-    /// [`CommError::RankFailed`], which names the ranks that did not come within the deadline: it
+    /// [`CommError::RankFailed`], which names the ranks that did not come within as long again: it
     /// can be called again. [`CommError::Poisoned`] where a device failed for good.
     pub fn rebuild(&mut self) -> Result<()> {
         if let Some(poison) = self.shared.poison() {
@@ -450,8 +448,7 @@ impl P2pComm {
             self.host.blame(self.rank, "it asked for a rebuild");
         }
         self.shared.raise(self.generation(), self.rank);
-        let options = &self.shared.options;
-        let limit = 2 * options.deadline + options.drain;
+        let limit = self.shared.options.longest_drain();
         match self.stream().wait_until_idle(limit) {
             Ok(true) => {}
             Ok(false) => {
@@ -461,10 +458,19 @@ impl P2pComm {
                 }
                 .into());
             }
-            Err(_) => return Err(self.fail().into()),
+            Err(error) => match lost(&error) {
+                Some(_) => return Err(self.shared.poison_by(self.rank, &error).into()),
+                None => return Err(error),
+            },
         }
-        self.host.rebuild()?;
-        self.shared.reset(self.rank, self.host.generation())?;
+        if let Err(error) = self.host.rebuild() {
+            return Err(self.shared.poison().unwrap_or(error).into());
+        }
+        let reset = self.shared.reset(self.rank, self.host.generation());
+        if let Err(error) = reset {
+            self.host.abort(&error.to_string());
+            return Err(error);
+        }
         Ok(self.host.barrier()?)
     }
 
@@ -483,18 +489,20 @@ impl P2pComm {
         Ok(())
     }
 
+    /// Whether nobody has ended the group, as far as this rank knows.
+    fn is_well(&self) -> bool {
+        let record = self.shared.device(self.rank).record(self.generation());
+        record.is_none() && self.host.check().is_ok()
+    }
+
     /// What ended the group; ends it for all if nothing has yet.
     #[cold]
     fn fail(&self) -> CommError {
         let told = self.host.check().err();
         self.shared.raise(self.generation(), self.rank);
-        // A rank that failed on the host has said why; what the devices left are consequences.
-        if let Some(error) = told {
-            return self.shared.known(self.generation()).unwrap_or(error);
-        }
         let error = self
             .shared
-            .verdict(self.rank, self.generation(), self.operation);
+            .verdict(self.rank, self.generation(), self.operation, told);
         let culprit = match &error {
             CommError::RankFailed { rank, .. } | CommError::Poisoned { rank, .. } => *rank,
             CommError::Link { to, .. } => *to,
@@ -502,6 +510,15 @@ impl P2pComm {
         };
         self.host.blame(culprit, &error.to_string());
         error
+    }
+
+    /// The rank behind this one in the ring; the next one where there is no ring.
+    fn successor(&self) -> usize {
+        let ring = self.shared.ring.as_deref().unwrap_or_default();
+        let position = ring.iter().position(|&rank| rank == self.rank);
+        position.map_or((self.rank + 1) % self.world_size(), |position| {
+            ring[(position + 1) % ring.len()]
+        })
     }
 
     /// Whether every rank reaches every other; an error if not even a ring does.
@@ -601,13 +618,14 @@ impl P2pComm {
 impl Drop for P2pComm {
     fn drop(&mut self) {
         // The handle between the threads tells the others' hosts; this, their devices.
-        if self.host.check().is_ok() && self.world_size() > 1 {
-            if std::thread::panicking() {
-                self.host.abort("it panicked");
-                self.shared.raise(self.generation(), self.rank);
-            } else if !matches!(self.stream().is_idle(), Ok(true)) {
-                self.shared.raise(self.generation(), self.rank);
-            }
+        if self.host.check().is_err() || self.world_size() == 1 {
+            return;
+        }
+        if std::thread::panicking() {
+            self.host.abort("it panicked");
+            self.shared.raise(self.generation(), self.rank);
+        } else if let Err(error) = self.launch("leave", None, 1, 32, Default::default()) {
+            tracing::warn!(rank = self.rank, %error, "while leaving a group");
         }
     }
 }
@@ -663,8 +681,9 @@ fn tag(plan: &Plan<'_>) -> u32 {
         plan.blocks,
         plan.threads.into(),
     ];
+    let numbers = numbers.into_iter().chain(args.widths);
     let bytes = plan.kernel.bytes();
-    let bytes = bytes.chain(numbers.into_iter().flat_map(u64::to_le_bytes));
+    let bytes = bytes.chain(numbers.flat_map(u64::to_le_bytes));
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });

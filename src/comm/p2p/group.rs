@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::algorithm::{DeviceAllReduce, Reach};
 use super::budget::Lease;
 use super::comm::P2pComm;
-use super::diagnosis::{State, diagnose};
+use super::diagnosis::{Reason, State, diagnose};
 use super::probe;
 use super::rank_device::{RankDevice, Settings};
 use crate::backend::cuda::{Context, Kernels, Stream, abi};
@@ -28,8 +28,7 @@ const STAGING_UNIT: usize = 16 * 840;
 /// What a group can be told.
 #[derive(Clone, Debug)]
 pub struct P2pOptions {
-    /// How long any single wait for a peer may last, on a device by its own clock and between the
-    /// ranks' threads.
+    /// How long any single wait for a peer may last, by the waiting device's own clock.
     pub deadline: Duration,
     /// How long a rank waits for its own stream beyond twice the deadline: what else is in it may
     /// take that long.
@@ -42,9 +41,6 @@ pub struct P2pOptions {
     pub probe: Option<Duration>,
     /// Most blocks of a collective, up to [`MAX_BLOCKS`].
     pub blocks: u32,
-    /// The epoch that the first collective begins with; for tests of its wrapping.
-    #[doc(hidden)]
-    pub first_epoch: u64,
     /// All-reduce algorithms from outside the crate, so that their kernels are loaded before
     /// anything runs.
     pub algorithms: Vec<&'static dyn DeviceAllReduce>,
@@ -59,9 +55,15 @@ impl Default for P2pOptions {
             staging_bytes: 4 << 20,
             probe: Some(Duration::from_secs(2)),
             blocks: MAX_BLOCKS,
-            first_epoch: 0,
             algorithms: Vec::new(),
         }
+    }
+}
+
+impl P2pOptions {
+    /// How long a rank waits for its own stream at most.
+    pub(super) fn longest_drain(&self) -> Duration {
+        self.deadline.saturating_mul(2).saturating_add(self.drain)
     }
 }
 
@@ -193,8 +195,9 @@ impl P2pGroup {
         for rank in 0..world_size {
             shared.reset(rank, 0)?;
         }
+        // The hosts wait for each other in a rebuild alone, where each drains its stream first.
         let options = GroupOptions {
-            deadline: shared.options.deadline,
+            deadline: shared.options.longest_drain(),
             ..GroupOptions::default()
         };
         let (host, hosts) = Group::new(world_size, options)?;
@@ -205,7 +208,7 @@ impl P2pGroup {
         let comms = hosts
             .into_iter()
             .map(|host| P2pComm::new(group.shared.clone(), host))
-            .collect::<Result<_>>()?;
+            .collect();
         Ok((group, comms))
     }
 
@@ -214,7 +217,14 @@ impl P2pGroup {
     pub fn rejoin(&self, rank: usize) -> Result<P2pComm> {
         let host = self.host.rejoin(rank)?;
         self.shared.raise(self.host_generation(), rank);
-        P2pComm::new(self.shared.clone(), host)
+        Ok(P2pComm::new(self.shared.clone(), host))
+    }
+
+    /// Lets the next collective begin with this epoch, which is even, as after many others: for tests
+    /// of how epochs wrap. Nothing may be under way.
+    #[doc(hidden)]
+    pub fn set_epoch(&self, epoch: u64) -> Result<()> {
+        (0..self.world_size()).try_for_each(|rank| self.shared.device(rank).set_epoch(epoch))
     }
 
     fn host_generation(&self) -> u64 {
@@ -269,7 +279,6 @@ impl Shared {
         let settings = Settings {
             generation: generation(rebuilds),
             deadline: self.options.deadline,
-            epoch: self.options.first_epoch & !1,
             nonce: 0,
         };
         let whole: Vec<usize> = (0..self.world_size()).collect();
@@ -293,19 +302,26 @@ impl Shared {
         poisoned.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What ended this generation, if somebody has found out.
-    pub(super) fn known(&self, generation: u64) -> Option<CommError> {
-        let verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = verdict.as_ref().filter(|(of, _)| *of == generation);
-        known.map(|(_, error)| error.clone())
+    fn set_poison(&self, error: &CommError) {
+        let mut poisoned = self.poisoned.lock().unwrap_or_else(PoisonError::into_inner);
+        poisoned.get_or_insert_with(|| error.clone());
     }
 
-    /// What ended this generation, as all ranks say it: found out now if nobody has yet.
+    /// The error of a rank whose context turned out to be lost in a rebuild.
+    pub(super) fn poison_by(&self, rank: usize, error: &Error) -> CommError {
+        let cause = error.to_string();
+        self.set_poison(&CommError::Poisoned { rank, cause });
+        self.poison().expect("it was set above")
+    }
+
+    /// What ended this generation, as all ranks say it: found out now if nobody has yet. `told` is
+    /// what a rank has said on the host; what the devices left are its consequences then.
     pub(super) fn verdict(
         &self,
         rank: usize,
         generation: u64,
         operation: &'static str,
+        told: Option<CommError>,
     ) -> CommError {
         let mut verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((of, error)) = &*verdict
@@ -313,8 +329,10 @@ impl Shared {
         {
             return error.clone();
         }
-        let states = self.settle(generation);
-        let mut error = diagnose(&states, rank, operation);
+        let mut error = match told {
+            Some(error) => error,
+            None => diagnose(&self.settle(generation), rank, operation),
+        };
         if let CommError::Mismatch {
             rank,
             peer,
@@ -330,17 +348,8 @@ impl Shared {
             let call = |rank| call(rank).map_or("nothing".to_owned(), |call| call.to_string());
             (*expected, *found) = (call(*peer), call(*rank));
         }
-        let failed = states
-            .iter()
-            .enumerate()
-            .find_map(|(rank, state)| match state {
-                State::Failed(cause) => Some((rank, cause.clone())),
-                _ => None,
-            });
-        if let Some((rank, cause)) = failed {
-            error = CommError::Poisoned { rank, cause };
-            let mut poisoned = self.poisoned.lock().unwrap_or_else(PoisonError::into_inner);
-            *poisoned = Some(error.clone());
+        if let CommError::Poisoned { .. } = error {
+            self.set_poison(&error);
         }
         *verdict = Some((generation, error.clone()));
         error
@@ -349,24 +358,62 @@ impl Shared {
     /// Waits until every rank's kernels have ended one way or the other, but not for long: they
     /// have been told. What became of each.
     fn settle(&self, generation: u64) -> Vec<State> {
-        let limit = SETTLE.min(self.options.deadline);
-        (0..self.world_size())
-            .map(|rank| match self.streams[rank].wait_until_idle(limit) {
-                Err(error) => State::Failed(error.to_string()),
-                Ok(idle) => {
-                    let device = self.device(rank);
-                    match (device.record(generation), idle) {
-                        (Some(record), _) => State::GaveUp(record),
-                        (None, false) => State::Busy,
-                        (None, true) => match device.next_epoch() {
-                            Ok(Some(next_epoch)) => State::Done { next_epoch },
-                            Ok(None) => State::Busy,
-                            Err(error) => State::Failed(error.to_string()),
-                        },
-                    }
-                }
+        let begin = Instant::now();
+        let wait =
+            |stream: &Arc<Stream>| stream.wait_until_idle(SETTLE.saturating_sub(begin.elapsed()));
+        // All of them first: a rank's flag may come while another one is waited for.
+        let idle: Vec<Result<bool>> = self.streams.iter().map(wait).collect();
+        let states = idle.into_iter().enumerate().map(|(rank, idle)| {
+            let state = self.state(rank, generation, idle);
+            state.unwrap_or_else(|error| match lost(&error) {
+                Some(by_link) => State::Failed {
+                    cause: error.to_string(),
+                    by_link,
+                },
+                // It records a graph, say, and cannot be asked.
+                None => State::Busy,
             })
-            .collect()
+        });
+        states.collect()
+    }
+
+    fn state(&self, rank: usize, generation: u64, idle: Result<bool>) -> Result<State> {
+        let idle = idle?;
+        let device = self.device(rank);
+        Ok(match (device.record(generation), idle) {
+            (Some(record), _) => State::GaveUp {
+                came_late: record.reason == Reason::Timeout && device.came_late(&record)?,
+                record,
+            },
+            (None, false) => State::Busy,
+            (None, true) => match device.next_epoch()? {
+                Some(next_epoch) => State::Done { next_epoch },
+                None => State::Busy,
+            },
+        })
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // The arenas go: nobody's kernels may be at work in them. No rank has a handle any more, so
+        // each has left, and whoever waits for it ends.
+        let (begin, limit) = (Instant::now(), self.options.longest_drain());
+        for stream in &self.streams {
+            let left = limit.saturating_sub(begin.elapsed());
+            if let Ok(false) = stream.wait_until_idle(left) {
+                tracing::warn!("a rank's stream is still busy as its group goes");
+            }
+        }
+    }
+}
+
+/// Whether an error says that a context is lost, and then whether by an access to another device.
+pub(super) fn lost(error: &Error) -> Option<bool> {
+    const NVLINK_UNCORRECTABLE: u32 = 220;
+    match error {
+        Error::Driver(error) => error.sticky.then_some(error.code == NVLINK_UNCORRECTABLE),
+        _ => None,
     }
 }
 

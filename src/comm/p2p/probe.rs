@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::group::lost;
 use super::rank_device::{RankDevice, Settings};
 use crate::backend::cuda::{Context, Launch, P2pAttribute, abi};
 use crate::comm::{Link, Links};
@@ -61,7 +62,6 @@ pub(super) fn run(
     let settings = Settings {
         generation: 1,
         deadline: limit,
-        epoch: 0,
         nonce,
     };
     let order: Vec<usize> = (0..world_size).collect();
@@ -86,11 +86,18 @@ pub(super) fn run(
         // kernels run; ranks that are not reached are masked.
         unsafe { device.stream.launch(kernel, shape, &args)? };
     }
-    let mut failures = Vec::new();
+    let (mut failures, mut errors) = (Vec::new(), Vec::new());
+    let most = limit
+        .saturating_mul(4)
+        .saturating_add(Duration::from_secs(2));
     for (rank, device) in ranks.iter().enumerate() {
-        let idle = device
-            .stream
-            .wait_until_idle(4 * limit + Duration::from_secs(2))?;
+        let idle = match device.stream.wait_until_idle(most) {
+            Ok(idle) => idle,
+            Err(error) => {
+                errors.push(error);
+                continue;
+            }
+        };
         for peer in (0..world_size).filter(|&peer| peer != rank) {
             let (written, read) = if idle {
                 device.probe_result(peer)
@@ -108,6 +115,13 @@ pub(super) fn run(
                 failures.push((rank, peer, how));
             }
         }
+    }
+    // The device that failed before those that could not reach it.
+    let first = errors
+        .into_iter()
+        .min_by_key(|error| lost(error) == Some(true));
+    if let Some(error) = first {
+        return Err(error);
     }
     for (from, to, how) in failures {
         links.set(from, to, Link::Broken(how));

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::diagnosis::Record;
+use super::diagnosis::{Record, Step};
 use crate::backend::cuda::{
     Context, DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut, Kernels, Pinned, Stream, abi,
 };
@@ -26,6 +26,9 @@ const READ: usize = ABORT + 1;
 const PROBE: usize = READ + 1;
 const WORDS: usize = PROBE + abi::kMaxRanks as usize;
 
+/// Where a flag or an abort word has the generation (`cuda/collective/collective.cuh`).
+const GENERATION_SHIFT: u32 = 48;
+
 /// How long a copy of a word may take on a device that works.
 const WORD: Duration = Duration::from_secs(2);
 
@@ -40,7 +43,11 @@ pub(super) struct RankDevice {
     pub(super) kernels: Kernels,
     arena: DeviceBuffer,
     pinned: Pinned<u64>,
+    /// A word of this rank, then one of each rank, for barriers.
+    words: DeviceBuffer,
     staging_bytes: usize,
+    /// Of the last reset.
+    generation: u64,
 }
 
 impl RankDevice {
@@ -54,6 +61,7 @@ impl RankDevice {
         let pool = DevicePool::new(context, 0);
         let side = Stream::new(context)?;
         let arena = pool.zeros(HEAD + 3 * staging_bytes + RING, &side)?;
+        let words = pool.zeros(4 * (1 + abi::kMaxRanks as usize), &side)?;
         side.synchronize()?;
         Ok(Self {
             context: context.clone(),
@@ -62,7 +70,9 @@ impl RankDevice {
             kernels,
             arena,
             pinned: Pinned::zeros(context, WORDS)?,
+            words,
             staging_bytes,
+            generation: 0,
         })
     }
 
@@ -74,6 +84,15 @@ impl RankDevice {
     /// The first staging buffer.
     pub(super) fn staging(&self) -> u64 {
         self.arena() + HEAD as u64
+    }
+
+    /// A word of this rank, then one of each rank, for barriers.
+    pub(super) fn words(&self) -> u64 {
+        self.words.address()
+    }
+
+    fn record_address(&self) -> u64 {
+        self.pinned.device_address() + 8 * RECORD as u64
     }
 
     /// Where the probe's results go.
@@ -97,9 +116,11 @@ impl RankDevice {
         ring: &[usize],
         settings: Settings,
     ) -> Result<()> {
-        for word in 0..RECORD_WORDS {
-            self.pinned.write(RECORD + word, 0);
-        }
+        self.generation = settings.generation;
+        // SAFETY: words of memory that lives as long as `self`; no kernel runs that writes them.
+        let mut record =
+            unsafe { DeviceSliceMut::from_raw(self.record_address(), 8 * RECORD_WORDS) };
+        self.side.fill(0, &mut record)?;
         // SAFETY: a repr(C) struct of integers, for which zeros are values.
         let mut head: Box<abi::CollectiveArena> = Box::new(unsafe { std::mem::zeroed() });
         let control = &mut head.control;
@@ -115,8 +136,7 @@ impl RankDevice {
         }
         control.arenas[..peers.len()].copy_from_slice(peers);
         control.staging_bytes = self.staging_bytes as u64;
-        control.record = self.pinned.device_address() + 8 * RECORD as u64;
-        head.epochs.fill(settings.epoch);
+        control.record = self.record_address();
         // Its own pattern, which peers read in a probe.
         for (index, word) in head.probe[rank].chunks_exact_mut(4).enumerate() {
             word.copy_from_slice(&pattern(settings.nonce, rank, index).to_le_bytes());
@@ -127,6 +147,14 @@ impl RankDevice {
         };
         let mut target = self.arena.as_mut().range(0..bytes.len())?;
         self.side.upload(bytes, &mut target)
+    }
+
+    /// Sets the epoch that the next collective begins with.
+    pub(super) fn set_epoch(&mut self, epoch: u64) -> Result<()> {
+        let epochs = [epoch; abi::kCollectiveBlocks as usize];
+        let at = std::mem::offset_of!(abi::CollectiveArena, epochs);
+        let mut target = self.arena.as_mut().range(at..at + size_of_val(&epochs))?;
+        self.side.upload(&epochs, &mut target)
     }
 
     /// What a kernel of this generation left when it gave up.
@@ -140,9 +168,31 @@ impl RankDevice {
         Record::from_words(std::array::from_fn(|i| self.pinned.read(RECORD + 1 + i)))
     }
 
-    /// The epoch that the next collective begins with, as the device has it.
+    /// The epoch that the next collective begins with, as the device has it; `None` if it does not
+    /// say so in time.
     pub(super) fn next_epoch(&self) -> Result<Option<u64>> {
-        let at = std::mem::offset_of!(abi::CollectiveArena, epochs);
+        self.word(std::mem::offset_of!(abi::CollectiveArena, epochs))
+    }
+
+    /// Whether what a kernel waited for is there now.
+    pub(super) fn came_late(&self, record: &Record) -> Result<bool> {
+        let block = record.block as usize;
+        let (list, index) = match record.step {
+            Step::Barrier => (
+                std::mem::offset_of!(abi::CollectiveArena, barrier),
+                block * abi::kMaxRanks as usize + record.peer,
+            ),
+            Step::RingMessage => (std::mem::offset_of!(abi::CollectiveArena, ring_sent), block),
+            Step::RingCredit => (std::mem::offset_of!(abi::CollectiveArena, ring_read), block),
+        };
+        let flag = self.word(list + 8 * index)?;
+        Ok(flag.is_some_and(|flag| {
+            flag >> GENERATION_SHIFT == self.generation && record.is_met_by(flag)
+        }))
+    }
+
+    /// A word of the arena's head, past kernels that wait.
+    fn word(&self, at: usize) -> Result<Option<u64>> {
         let from = self.arena.as_ref().range(at..at + 8)?;
         // SAFETY: a word of the pinned memory that lives as long as `self`; nobody else uses it
         // while `&self` is with the one who holds the group's verdict.
@@ -156,8 +206,13 @@ impl RankDevice {
     }
 
     /// Raises the abort word in this rank's arena, past kernels that wait there: they leave.
+    /// Nothing is done for a generation that is over.
     pub(super) fn raise(&self, generation: u64, by: usize) -> Result<()> {
-        self.pinned.write(ABORT, generation << 48 | (by as u64 + 1));
+        if generation != self.generation {
+            return Ok(());
+        }
+        let word = generation << GENERATION_SHIFT | (by as u64 + 1);
+        self.pinned.write(ABORT, word);
         let at = std::mem::offset_of!(abi::CollectiveArena, abort) as u64;
         // SAFETY: words of memory that lives as long as `self`; the kernels and the host write the
         // abort word whole.
@@ -177,8 +232,6 @@ pub(super) struct Settings {
     /// From 1 to 65535.
     pub(super) generation: u64,
     pub(super) deadline: Duration,
-    /// Of the first collective; even.
-    pub(super) epoch: u64,
     /// Of the probe that follows.
     pub(super) nonce: u64,
 }
