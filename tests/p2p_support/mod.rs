@@ -1,16 +1,37 @@
-//! Groups of ranks on devices, for tests: a thread a rank, messages with guard bytes around them.
+//! Groups of ranks on devices, for tests: driven by one thread or by a thread a rank; messages with
+//! guard bytes around them; calls with what they must give ([`calls`]).
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod calls;
+pub(crate) mod faulty;
+#[path = "../random/mod.rs"]
+pub(crate) mod random;
+
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use ringtp::DType;
 use ringtp::backend::cuda::{DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut};
+use ringtp::comm::CommError;
 use ringtp::comm::p2p::{P2pComm, P2pGroup, P2pOptions};
 use ringtp::dtype::Element;
 
 /// What bytes outside of a message hold; as elements, NaN.
 const GUARD: u8 = 0xFF;
+
+/// A deadline for collectives that are to fail, of the device's clock: a wait of a millisecond costs
+/// the virtual GPU some hundred looks.
+pub(crate) const SHORT: Duration = Duration::from_millis(20);
+
+/// The same with a short deadline, for a group of which a rank is to fail. All its ranks are driven
+/// by one thread, so that no busy host can keep one waiting.
+pub(crate) fn impatient() -> P2pOptions {
+    P2pOptions {
+        deadline: SHORT,
+        ..options()
+    }
+}
 
 /// Options for tests: little memory, so that messages of a few KiB go in several passes; no probe.
 /// The deadline is long, as the virtual clock may leap while a busy host keeps a rank waiting.
@@ -60,8 +81,7 @@ impl Rank {
 
     /// A message whose bytes are all those of the guard.
     pub(crate) fn poisoned<T: Element>(&self, elements: usize, offset: usize) -> Message {
-        let bytes = vec![GUARD; elements * size_of::<T>()];
-        self.message::<T>(bytemuck::cast_slice(&aligned::<T>(&bytes)), offset)
+        self.message::<T>(&poison(elements), offset)
     }
 
     /// The elements. Panics if a byte outside of them was written.
@@ -81,16 +101,31 @@ impl Rank {
     }
 }
 
+/// Elements whose bytes are all those of the guard.
+pub(crate) fn poison<T: Element>(elements: usize) -> Vec<T> {
+    aligned(&vec![GUARD; elements * size_of::<T>()])
+}
+
 fn aligned<T: Element>(bytes: &[u8]) -> Vec<T> {
     bytemuck::pod_collect_to_vec(bytes)
 }
 
 impl Message {
     pub(crate) fn view(&self) -> DeviceSlice<'_> {
-        let whole = self.buffer.as_ref();
-        whole
-            .range(self.before..self.before + self.bytes)
-            .expect("a part")
+        self.part(0..self.bytes)
+    }
+
+    /// These bytes of it.
+    pub(crate) fn part(&self, bytes: Range<usize>) -> DeviceSlice<'_> {
+        let range = self.before + bytes.start..self.before + bytes.end;
+        self.buffer.as_ref().range(range).expect("a part")
+    }
+
+    /// Puts in other elements, as many, from the host.
+    pub(crate) fn write<T: Element>(&mut self, rank: &Rank, values: &[T]) {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let written = rank.comm.stream().upload(bytes, &mut self.view_mut());
+        written.expect("an upload");
     }
 
     pub(crate) fn view_mut(&mut self) -> DeviceSliceMut<'_> {
@@ -134,46 +169,71 @@ pub(crate) fn group(n: usize, options: P2pOptions) -> (P2pGroup, Vec<P2pComm>) {
     P2pGroup::new(&devices, options).expect("a group")
 }
 
-/// A small generator with a printed seed (splitmix64).
-pub(crate) struct Random(pub(crate) u64);
+/// All ranks of a group, driven by one thread: a call only puts work into a stream, so that one
+/// thread can call for all of them, and what happens depends on the scheduler's seed alone.
+pub(crate) struct Team {
+    pub(crate) group: P2pGroup,
+    pub(crate) ranks: Vec<Rank>,
+}
 
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
+impl Team {
+    pub(crate) fn new(devices: &[usize], options: P2pOptions) -> Self {
+        let (group, comms) = P2pGroup::new(devices, options).expect("a group");
+        let ranks = comms.into_iter().map(Rank::new).collect();
+        Self { group, ranks }
     }
 
-    pub(crate) fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+    /// On devices 0 to n - 1.
+    pub(crate) fn of(n: usize, options: P2pOptions) -> Self {
+        Self::new(&(0..n).collect::<Vec<_>>(), options)
     }
 
-    /// Ordinary values, and now and then one of the awkward ones.
-    pub(crate) fn value(&mut self) -> f32 {
-        const AWKWARD: [f32; 12] = [
-            0.0,
-            -0.0,
-            1e-45,
-            -1e-45,
-            6e-8,
-            -6e-8,
-            f32::MAX,
-            f32::MIN,
-            65504.0,
-            f32::INFINITY,
-            f32::NEG_INFINITY,
-            f32::NAN,
-        ];
-        if self.below(16) == 0 {
-            return AWKWARD[self.below(AWKWARD.len() as u64) as usize];
+    /// Waits for all ranks, none of which fails.
+    pub(crate) fn synchronize(&mut self) {
+        for rank in &mut self.ranks {
+            let done = rank.comm.synchronize();
+            done.unwrap_or_else(|error| panic!("rank {}: {error}", rank.comm.rank()));
         }
-        (self.below(1 << 24) as f32 / (1 << 23) as f32 - 1.0) * (1 << self.below(4)) as f32
     }
 
-    pub(crate) fn values<T: Element>(&mut self, n: usize) -> Vec<T> {
-        (0..n).map(|_| T::from_f32(self.value())).collect()
+    /// Waits for all ranks, which all fail with the same error; a rank that has nothing to wait for
+    /// knows only when another one has found out.
+    #[track_caller]
+    pub(crate) fn failure(&mut self) -> CommError {
+        for rank in &mut self.ranks {
+            let _ = rank.comm.synchronize();
+        }
+        let mut first = None;
+        for rank in &mut self.ranks {
+            let me = rank.comm.rank();
+            let error = match rank.comm.synchronize() {
+                Err(ringtp::Error::Comm(error)) => error,
+                other => panic!("rank {me}: {other:?}, expected the group's failure"),
+            };
+            assert_eq!(*first.get_or_insert(error.clone()), error, "rank {me} says");
+        }
+        first.expect("a rank")
+    }
+
+    /// Rebuilds the group, every rank on a thread of its own.
+    pub(crate) fn rebuild(&mut self) {
+        for result in self.try_rebuild() {
+            result.expect("a rebuild");
+        }
+    }
+
+    pub(crate) fn try_rebuild(&mut self) -> Vec<ringtp::Result<()>> {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = self
+                .ranks
+                .iter_mut()
+                .map(|rank| scope.spawn(|| rank.comm.rebuild()))
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().expect("no panic"))
+                .collect()
+        })
     }
 }
 
@@ -196,8 +256,28 @@ pub(crate) fn same<T: Element>(a: &T, b: &T) -> bool {
     bytemuck::bytes_of(a) == bytemuck::bytes_of(b) || (a.to_f32().is_nan() && b.to_f32().is_nan())
 }
 
-/// What the ring makes of the messages of all ranks: part p starts at place p, and every place
-/// after it adds its own and rounds. Parts are of packs of 16 bytes.
+/// What a part of a message is where it has gone round the ring: it starts at place `first`, and
+/// every place after it adds its own and rounds.
+fn round_the_ring<T: Element>(
+    messages: &[Vec<T>],
+    ring: &[usize],
+    first: usize,
+    part: Range<usize>,
+    out: &mut [T],
+) {
+    let n = ring.len();
+    for (i, out) in part.zip(out) {
+        let mut total = messages[ring[first % n]][i];
+        for step in 1..n {
+            let own = messages[ring[(first + step) % n]][i];
+            total = canonical(T::from_f32(total.to_f32() + own.to_f32()));
+        }
+        *out = total;
+    }
+}
+
+/// What the ring makes of the messages of all ranks: part p starts at place p. Parts are of packs of
+/// 16 bytes.
 pub(crate) fn ring_sum<T: Element>(messages: &[Vec<T>], ring: &[usize]) -> Vec<T> {
     let (n, elements) = (ring.len(), messages[0].len());
     let per_pack = 16 / size_of::<T>();
@@ -205,14 +285,21 @@ pub(crate) fn ring_sum<T: Element>(messages: &[Vec<T>], ring: &[usize]) -> Vec<T
     let mut out = messages[0].clone();
     for place in 0..n {
         let part = ringtp::comm::part(packs, n, place);
-        for i in part.start * per_pack..(part.end * per_pack).min(elements) {
-            let mut total = messages[ring[place]][i];
-            for step in 1..n {
-                let own = messages[ring[(place + step) % n]][i];
-                total = canonical(T::from_f32(total.to_f32() + own.to_f32()));
-            }
-            out[i] = total;
+        let part = part.start * per_pack..(part.end * per_pack).min(elements);
+        if !part.is_empty() {
+            round_the_ring(messages, ring, place, part.clone(), &mut out[part]);
         }
+    }
+    out
+}
+
+/// The same of a reduce-scatter, whose parts are of elements and end at their owners.
+pub(crate) fn ring_parts<T: Element>(messages: &[Vec<T>], ring: &[usize]) -> Vec<T> {
+    let (n, elements) = (ring.len(), messages[0].len());
+    let mut out = messages[0].clone();
+    for (place, &owner) in ring.iter().enumerate() {
+        let part = ringtp::comm::part(elements, n, owner);
+        round_the_ring(messages, ring, place + 1, part.clone(), &mut out[part]);
     }
     out
 }
