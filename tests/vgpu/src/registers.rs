@@ -250,3 +250,14 @@ pub fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
         })
     })
 }
+
+/// Calls `f` with each lane of a mask, lowest first. Nearly always it is all of them, which needs
+/// no looking for the next.
+#[inline(always)]
+pub fn for_lanes(mask: u32, mut f: impl FnMut(usize)) {
+    if mask == FULL {
+        (0..LANES).for_each(f);
+    } else {
+        lanes(mask).for_each(&mut f);
+    }
+}

@@ -11,8 +11,10 @@ use super::{
 };
 use crate::finding::{Fault, Finding, Kind};
 use crate::machine::{Config, Cx, Polled, World};
-use crate::race::{Agent, Conflict, FlagAccess, Memo, Race, Row, StreamClock};
-use crate::registers::{LANES, lanes};
+use crate::race::{
+    self, Agent, Conflict, CountAccess, Counter, FlagAccess, Memo, Race, Row, StreamClock,
+};
+use crate::registers::{LANES, for_lanes, lanes};
 
 /// The first address of device 0.
 const FIRST_ADDRESS: u64 = 0x1000_0000_0000;
@@ -675,12 +677,12 @@ fn common_region<'a>(
 ) -> Option<(&'a mut Region, &'a mut Race, u64, bool)> {
     let first = access.addresses[access.mask.trailing_zeros() as usize & 31];
     let (mut low, mut high, mut bits) = (first, first, 0);
-    for lane in lanes(access.mask) {
+    for_lanes(access.mask, |lane| {
         let address = access.addresses[lane];
         low = low.min(address);
         high = high.max(address);
         bits |= address;
-    }
+    });
     if bits & u64::from(access.bytes - 1) != 0 {
         return None;
     }
@@ -853,6 +855,34 @@ fn take(data: &Data, lane: usize, n: usize) -> ([u8; 32], u32) {
     (bytes, undef)
 }
 
+/// The values of all lanes, `W` words each.
+#[inline(always)]
+fn gather<const W: usize>(bytes: &[u8], base: u64, access: &Access, data: &mut Data) {
+    for_lanes(access.mask, |lane| {
+        let at = (access.addresses[lane] - base) as usize;
+        let words = bytes[at..at + 4 * W].as_chunks::<4>().0;
+        for (row, &word) in data.words.iter_mut().zip(words) {
+            row[lane] = u32::from_le_bytes(word);
+        }
+    });
+}
+
+/// The other way round; how many words change.
+#[inline(always)]
+fn scatter<const W: usize>(bytes: &mut [u8], base: u64, access: &Access, data: &Data) -> u64 {
+    let mut changes = 0;
+    for_lanes(access.mask, |lane| {
+        let at = (access.addresses[lane] - base) as usize;
+        let words = bytes[at..at + 4 * W].as_chunks_mut::<4>().0;
+        for (row, word) in data.words.iter().zip(words) {
+            let new = row[lane].to_le_bytes();
+            changes += u64::from(*word != new);
+            *word = new;
+        }
+    });
+    changes
+}
+
 /// A weak load whose lanes all lie in one region; false if they do not.
 fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
     let Some((region, race, base, is_shared)) = common_region(
@@ -890,11 +920,11 @@ fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
     }
     if n >= 4 {
         let bytes = region.bytes();
-        for lane in lanes(access.mask) {
-            let at = (access.addresses[lane] - base) as usize;
-            for (words, chunk) in data.words.iter_mut().zip(bytes[at..at + n].chunks_exact(4)) {
-                words[lane] = u32::from_le_bytes([chunk[0], chunk[1], chunk[2], chunk[3]]);
-            }
+        match n {
+            4 => gather::<1>(bytes, base, access, data),
+            8 => gather::<2>(bytes, base, access, data),
+            16 => gather::<4>(bytes, base, access, data),
+            _ => gather::<8>(bytes, base, access, data),
         }
         if !region.is_written() {
             for lane in lanes(access.mask) {
@@ -907,12 +937,17 @@ fn load_together(cx: &mut Cx, access: &Access, data: &mut Data) -> bool {
         }
     } else {
         let bytes = region.bytes();
-        for lane in lanes(access.mask) {
+        for_lanes(access.mask, |lane| {
             let at = (access.addresses[lane] - base) as usize;
             data.words[0][lane] = read_word(&bytes[at..at + n]) as u32;
-            let undef = region.unwritten(at, n);
-            for (i, plane) in data.undef[0].iter_mut().enumerate() {
-                *plane |= (undef >> i & 1) << lane;
+        });
+        if !region.is_written() {
+            for lane in lanes(access.mask) {
+                let at = (access.addresses[lane] - base) as usize;
+                let undef = region.unwritten(at, n);
+                for (i, plane) in data.undef[0].iter_mut().enumerate() {
+                    *plane |= (undef >> i & 1) << lane;
+                }
             }
         }
     }
@@ -973,22 +1008,28 @@ fn store_together(cx: &mut Cx, access: &Access, data: &Data) -> bool {
         let at = (access.addresses[*lane] - base) as usize;
         complete(conflict, region, at, n, Doing::Store);
     }
-    let mut changes = 0;
-    for lane in lanes(access.mask) {
-        let at = (access.addresses[lane] - base) as usize;
-        let target = &mut region.bytes_mut()[at..at + n];
-        if n >= 4 {
-            for (words, chunk) in data.words.iter().zip(target.chunks_exact_mut(4)) {
-                let new = words[lane].to_le_bytes();
-                changes += u64::from(*chunk != new);
-                chunk.copy_from_slice(&new);
+    let bytes = region.bytes_mut();
+    let changes = match n {
+        4 => scatter::<1>(bytes, base, access, data),
+        8 => scatter::<2>(bytes, base, access, data),
+        16 => scatter::<4>(bytes, base, access, data),
+        32 => scatter::<8>(bytes, base, access, data),
+        _ => {
+            let mut changes = 0;
+            for lane in lanes(access.mask) {
+                let at = (access.addresses[lane] - base) as usize;
+                let target = &mut bytes[at..at + n];
+                let new = u64::from(data.words[0][lane]) & (u64::MAX >> (64 - 8 * n));
+                changes += u64::from(read_word(target) != new);
+                write_word(target, new);
             }
-        } else {
-            let new = u64::from(data.words[0][lane]) & (u64::MAX >> (64 - 8 * n));
-            changes += u64::from(read_word(target) != new);
-            write_word(target, new);
+            changes
         }
-        region.mark(at, n, 0);
+    };
+    if !region.is_written() {
+        for lane in lanes(access.mask) {
+            region.mark((access.addresses[lane] - base) as usize, n, 0);
+        }
     }
     cx.world.memory.changes += changes;
     if let Some((lane, conflict)) = found {
@@ -1090,7 +1131,7 @@ pub(super) fn load(cx: &mut Cx, access: &Access, data: &mut Data) -> Result<(), 
     }
     for lane in lanes(access.mask) {
         let (space, at) = resolve(access.space, access.addresses[lane]);
-        if at % u64::from(access.bytes) != 0 {
+        if at & u64::from(access.bytes - 1) != 0 {
             return Err(misaligned(cx, lane, at, access.bytes, Doing::Load));
         }
         match space {
@@ -1156,7 +1197,7 @@ pub(super) fn store(cx: &mut Cx, access: &Access, data: &Data) -> Result<(), Fau
     }
     for lane in lanes(access.mask) {
         let (space, at) = resolve(access.space, access.addresses[lane]);
-        if at % u64::from(access.bytes) != 0 {
+        if at & u64::from(access.bytes - 1) != 0 {
             return Err(misaligned(cx, lane, at, access.bytes, Doing::Store));
         }
         let (bytes, undef) = take(data, lane, n);
@@ -1242,73 +1283,163 @@ fn store_global(
     Ok(())
 }
 
+/// Read-modify-writes in the simplest case, see [`race::count`]: from the first lane on, up to one
+/// for which it is not as simple. The lanes for which it was.
+fn count_together(
+    cx: &mut Cx,
+    access: &Access,
+    old: &mut Data,
+    update: &mut dyn FnMut(usize, u64) -> Option<u64>,
+) -> u32 {
+    if access.order != Order::Relaxed || access.bytes < 4 {
+        return 0;
+    }
+    let (block, warp) = (&mut *cx.block, &*cx.warp);
+    let (world, shared, device) = (&mut *cx.world, &mut block.shared, cx.launch.device);
+    let found = common_region(world, shared, access, true, device);
+    let Some((region, _, base, is_shared)) = found else {
+        return 0;
+    };
+    let window = if is_shared && base == 0 {
+        SHARED_WINDOW
+    } else {
+        0
+    };
+    let n = access.bytes as usize;
+    let (mut done, mut changes) = (0, 0);
+    for lane in lanes(access.mask) {
+        let address = access.addresses[lane];
+        let at = (address - base) as usize;
+        let value = read_word(&region.bytes()[at..at + n]);
+        let counter = Counter::new(
+            block.uid,
+            warp.index,
+            lane,
+            &warp.clock,
+            cx.op.id,
+            access.scope,
+        );
+        let (Some(counter), Some(new), 0) = (counter, update(lane, value), region.unwritten(at, n))
+        else {
+            break;
+        };
+        let new = new & (u64::MAX >> (64 - 8 * n));
+        let count = CountAccess {
+            offset: at as u32,
+            address: address + window,
+            bytes: access.bytes,
+            old: value,
+            new,
+        };
+        let Some(shadow) = &mut region.shadow else {
+            break;
+        };
+        let notes = &mut block.clock.notes;
+        if !race::count(shadow, &mut region.flags, notes, &counter, &count) {
+            break;
+        }
+        write_word(&mut region.bytes_mut()[at..at + n], new);
+        changes += u64::from(new != value);
+        old.words[0][lane] = value as u32;
+        old.words[1][lane] = (value >> 32) as u32;
+        done |= 1 << lane;
+    }
+    world.memory.changes += changes;
+    done
+}
+
 pub(super) fn atomic(
     cx: &mut Cx,
     access: &Access,
     old: &mut Data,
     update: &mut dyn FnMut(usize, u64) -> Option<u64>,
 ) -> Result<(), Fault> {
-    let n = access.bytes as usize;
-    let mut last = None;
     note(cx, access);
     poll(cx, access);
-    for lane in lanes(access.mask) {
-        let (space, at) = resolve(access.space, access.addresses[lane]);
-        if at % u64::from(access.bytes) != 0 {
-            return Err(misaligned(cx, lane, at, access.bytes, Doing::Atomic));
+    let mut left = access.mask;
+    let mut simple = cx.world.memory.race.is_on();
+    while left != 0 {
+        if simple {
+            let rest = Access {
+                mask: left,
+                ..*access
+            };
+            let done = count_together(cx, &rest, old, update);
+            simple = done != 0;
+            left &= !done;
         }
-        let (base, offset) = match space {
-            Space::Global | Space::Generic => match locate(cx, &mut last, at, access.bytes) {
-                Some((base, offset)) => (Some(base), offset),
-                None => return Err(outside(cx, lane, space, at, access.bytes, Doing::Atomic)),
-            },
-            Space::Shared if at + n as u64 <= cx.block.shared.region.len() as u64 => (None, at),
-            space => return Err(outside(cx, lane, space, at, access.bytes, Doing::Atomic)),
-        };
-        if base.is_some() && cx.world.memory.is_constant(at) {
-            let message = "an atomic operation on a constant variable".to_owned();
-            cx.report(Kind::ReadOnly, lane, Some(at), message);
-            return Err(Fault::IllegalAddress);
+        if left != 0 {
+            atomic_of_lane(cx, access, old, update, left.trailing_zeros() as usize)?;
+            left &= left - 1;
         }
-        if let Some(base) = base
-            && !arrives(cx, lane, base, at, Doing::Atomic)?
-        {
-            put(old, lane, &[0xff; 8][..n], 0);
-            continue;
-        }
-        let offset = offset as usize;
-        let Some(region) = region_at(cx, base) else {
-            continue;
-        };
-        let value = read_word(&region.bytes()[offset..offset + n]);
-        let undef = region.unwritten(offset, n);
-        let new = update(lane, value).map(|new| new & (u64::MAX >> (64 - 8 * n)));
-        // A compare-and-swap that fails has only read.
-        let doing = if new.is_some() {
-            Doing::Atomic
-        } else {
-            Doing::Load
-        };
-        let after = new.map(u64::to_le_bytes);
-        let moved = Moved {
-            old: &value.to_le_bytes()[..n],
-            undef,
-            new: after.as_ref().map(|after| &after[..n]),
-            atomic: true,
-        };
-        check_race(cx, access, lane, base, offset as u32, doing, Some(moved));
-        if undef != 0 && cx.world.findings.is_first(Kind::Uninitialised, cx.op.id) {
-            let message = "an atomic operation on memory that nobody wrote".to_owned();
-            cx.report(Kind::Uninitialised, lane, Some(at), message);
-        }
-        old.words[0][lane] = value as u32;
-        old.words[1][lane] = (value >> 32) as u32;
-        let (Some(new), Some(region)) = (new, region_at(cx, base)) else {
-            continue;
-        };
-        write_word(&mut region.bytes_mut()[offset..offset + n], new);
-        region.mark(offset, n, 0);
-        cx.world.memory.changes += u64::from(new != value);
     }
+    Ok(())
+}
+
+/// One lane's read-modify-write.
+fn atomic_of_lane(
+    cx: &mut Cx,
+    access: &Access,
+    old: &mut Data,
+    update: &mut dyn FnMut(usize, u64) -> Option<u64>,
+    lane: usize,
+) -> Result<(), Fault> {
+    let n = access.bytes as usize;
+    let (space, at) = resolve(access.space, access.addresses[lane]);
+    if at & u64::from(access.bytes - 1) != 0 {
+        return Err(misaligned(cx, lane, at, access.bytes, Doing::Atomic));
+    }
+    let (base, offset) = match space {
+        Space::Global | Space::Generic => match locate(cx, &mut None, at, access.bytes) {
+            Some((base, offset)) => (Some(base), offset),
+            None => return Err(outside(cx, lane, space, at, access.bytes, Doing::Atomic)),
+        },
+        Space::Shared if at + n as u64 <= cx.block.shared.region.len() as u64 => (None, at),
+        space => return Err(outside(cx, lane, space, at, access.bytes, Doing::Atomic)),
+    };
+    if base.is_some() && cx.world.memory.is_constant(at) {
+        let message = "an atomic operation on a constant variable".to_owned();
+        cx.report(Kind::ReadOnly, lane, Some(at), message);
+        return Err(Fault::IllegalAddress);
+    }
+    if let Some(base) = base
+        && !arrives(cx, lane, base, at, Doing::Atomic)?
+    {
+        put(old, lane, &[0xff; 8][..n], 0);
+        return Ok(());
+    }
+    let offset = offset as usize;
+    let Some(region) = region_at(cx, base) else {
+        return Ok(());
+    };
+    let value = read_word(&region.bytes()[offset..offset + n]);
+    let undef = region.unwritten(offset, n);
+    let new = update(lane, value).map(|new| new & (u64::MAX >> (64 - 8 * n)));
+    // A compare-and-swap that fails has only read.
+    let doing = if new.is_some() {
+        Doing::Atomic
+    } else {
+        Doing::Load
+    };
+    let after = new.map(u64::to_le_bytes);
+    let moved = Moved {
+        old: &value.to_le_bytes()[..n],
+        undef,
+        new: after.as_ref().map(|after| &after[..n]),
+        atomic: true,
+    };
+    check_race(cx, access, lane, base, offset as u32, doing, Some(moved));
+    if undef != 0 && cx.world.findings.is_first(Kind::Uninitialised, cx.op.id) {
+        let message = "an atomic operation on memory that nobody wrote".to_owned();
+        cx.report(Kind::Uninitialised, lane, Some(at), message);
+    }
+    old.words[0][lane] = value as u32;
+    old.words[1][lane] = (value >> 32) as u32;
+    let (Some(new), Some(region)) = (new, region_at(cx, base)) else {
+        return Ok(());
+    };
+    write_word(&mut region.bytes_mut()[offset..offset + n], new);
+    region.mark(offset, n, 0);
+    cx.world.memory.changes += u64::from(new != value);
     Ok(())
 }

@@ -190,6 +190,11 @@ impl Agent<'_> {
         let (block, warp, lane, time) = (epoch.block(), epoch.warp(), epoch.lane(), epoch.time());
         if block == self.block {
             if warp == self.warp {
+                let all = self.clock.near.of_all();
+                if all > time {
+                    self.remember(epoch, all, ANYONE);
+                    return true;
+                }
                 if lane == self.lane || self.clock.near.of_lane(self.lane, lane) > time {
                     return true;
                 }

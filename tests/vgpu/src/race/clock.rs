@@ -307,6 +307,12 @@ impl Near {
         self.pairs.as_ref().map_or(met, |p| met.max(p[x][y]))
     }
 
+    /// How far every lane knows of all lanes of its own warp.
+    #[inline(always)]
+    pub(super) fn of_all(&self) -> u32 {
+        if self.together == FULL { self.met } else { 0 }
+    }
+
     fn meet(&mut self, members: u32, time: u32) {
         if self.pairs.is_some() || (self.met != 0 && self.together != members) {
             let mut pairs = self
@@ -413,7 +419,7 @@ impl WarpClock {
 
     /// The lanes of `members` learn of each other's accesses so far, and of what each of them
     /// knows.
-    fn meet(&mut self, members: u32) {
+    pub(super) fn meet(&mut self, members: u32) {
         let time = self.advance();
         self.near.meet(members, time);
         let mut joined = Learned::default();

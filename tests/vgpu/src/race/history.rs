@@ -7,10 +7,10 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 
 use super::agent::Agent;
-use super::clock::Epoch;
+use super::clock::{Epoch, WarpClock};
 use super::order::{self, Release};
 use super::words::{Note, Notes};
-use super::{HOST_OP, LaunchClock, Race};
+use super::{HOST_OP, LaunchClock, Race, Shadow, Touch};
 use crate::finding::Reason;
 use crate::memory::{Order, Scope};
 
@@ -56,15 +56,28 @@ struct Write {
     scope: Option<Scope>,
     /// Everybody knows of it, or nobody does but by reading it (the host's own stores).
     known: Known,
-    /// The release patterns that it ends, or hands on.
-    releases: Vec<Arc<Release>>,
     /// A read-modify-write: nothing comes between it and the write before.
     modifies: bool,
     /// Why it releases nothing, and a fence that should have been here.
     flaw: Option<(Reason, u32)>,
+    seen_by_all: bool,
+    /// What most writes have nothing of.
+    more: Option<Box<More>>,
+}
+
+#[derive(Debug, Default)]
+struct More {
+    /// The release patterns that it ends, or hands on.
+    releases: Vec<Arc<Release>>,
     /// Who read it: a warp at a time.
     seen: Vec<(Epoch, u32)>,
-    seen_by_all: bool,
+}
+
+impl More {
+    fn of(releases: Vec<Arc<Release>>) -> Option<Box<Self>> {
+        let seen = Vec::new();
+        (!releases.is_empty()).then(|| Box::new(Self { releases, seen }))
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,12 +96,19 @@ impl Write {
             op: HOST_OP,
             scope: Some(Scope::Sys),
             known,
-            releases: Vec::new(),
             modifies: false,
             flaw: None,
-            seen: Vec::new(),
             seen_by_all: false,
+            more: None,
         }
+    }
+
+    fn releases(&self) -> &[Arc<Release>] {
+        self.more.as_ref().map_or(&[], |more| &more.releases)
+    }
+
+    fn seen(&self) -> &[(Epoch, u32)] {
+        self.more.as_ref().map_or(&[], |more| &more.seen)
     }
 
     /// Whether happens-before hides all older writes from the lane: it knows of this one, or of
@@ -101,7 +121,7 @@ impl Write {
         };
         known
             || self.seen_by_all
-            || self.seen.iter().any(|&(warp, mask)| {
+            || self.seen().iter().any(|&(warp, mask)| {
                 crate::registers::lanes(mask)
                     .any(|lane| agent.knows_fenced(race, warp.with_lane(lane)))
             })
@@ -114,13 +134,14 @@ impl Write {
     fn seen_by(&mut self, reader: Epoch) {
         let warp = Epoch::new(reader.block(), reader.warp(), 0, reader.time());
         let lane = 1 << reader.lane();
-        if let Some(seen) = self.seen.iter_mut().find(|s| s.0 == warp) {
+        let all = &mut self.more.get_or_insert_default().seen;
+        if let Some(seen) = all.iter_mut().find(|s| s.0 == warp) {
             seen.1 |= lane;
-        } else if self.seen.len() < MOST_READERS {
-            self.seen.push((warp, lane));
+        } else if all.len() < MOST_READERS {
+            all.push((warp, lane));
         } else {
             self.seen_by_all = true;
-            self.seen.clear();
+            all.clear();
         }
     }
 }
@@ -131,8 +152,21 @@ struct History {
     /// Where in its word it begins, and its bytes.
     at: u8,
     bytes: u8,
+    /// Whether one of the writes, or one before them, ended a release pattern.
+    releases: bool,
     stale: u32,
     writes: VecDeque<Write>,
+    /// What those who count ask of the last write: they need not fetch it.
+    last: Option<Last>,
+}
+
+/// See [`History::last`].
+#[derive(Debug, Clone, Copy)]
+struct Last {
+    value: u64,
+    by: Epoch,
+    op: u32,
+    flaw: Option<(Reason, u32)>,
 }
 
 /// The histories of a stretch of memory, by word.
@@ -164,6 +198,55 @@ pub struct FlagAccess {
     pub new: Option<u64>,
     /// Its own race check failed.
     pub raced: bool,
+}
+
+/// A lane about to count: to change a word by a relaxed read-modify-write.
+#[derive(Debug, Clone, Copy)]
+pub struct Counter {
+    by: Epoch,
+    op: u32,
+    scope: Scope,
+}
+
+impl Counter {
+    /// Of a block's warp; None if a fence of the lane may make a release of it.
+    pub fn new(
+        block: u64,
+        warp: u32,
+        lane: usize,
+        clock: &WarpClock,
+        op: u32,
+        scope: Scope,
+    ) -> Option<Self> {
+        let by = Epoch::new(block, warp, lane, clock.time);
+        let fenced = clock.marks[lane].iter().any(Option::is_some);
+        (!fenced).then_some(Self { by, op, scope })
+    }
+
+    /// The epoch of its accesses.
+    pub(super) fn epoch(&self) -> Epoch {
+        self.by
+    }
+
+    /// What memory keeps of it.
+    pub(super) fn touch(&self, bytes: u32) -> Touch {
+        Touch::new(self.op, bytes, true, 15)
+    }
+}
+
+/// What it does.
+#[derive(Debug, Clone, Copy)]
+pub struct CountAccess {
+    /// Where the scalar is in its stretch of memory.
+    pub offset: u32,
+    /// Where it is for others.
+    pub address: u64,
+    /// Its size, 4 or 8.
+    pub bytes: u32,
+    /// What is in memory.
+    pub old: u64,
+    /// What comes there.
+    pub new: u64,
 }
 
 impl Flags {
@@ -218,15 +301,11 @@ impl Flags {
         let write = Write {
             by,
             known: Known::ByEpoch,
-            releases: vec![Arc::new(Release::of_stream(launch, by))],
+            more: More::of(vec![Arc::new(Release::of_stream(launch, by))]),
             ..Write::anonymous(u64::from_le_bytes(all), Known::ByEpoch)
         };
-        let history = History {
-            at: 0,
-            bytes: bytes as u8,
-            stale: 0,
-            writes: VecDeque::from([write]),
-        };
+        let mut history = History::new(0, bytes as u8, 1);
+        history.push(write);
         self.words.insert(offset / 4, history);
     }
 
@@ -283,19 +362,59 @@ impl Flags {
         Some(kept)
     }
 
+    /// A relaxed read-modify-write that follows one by the same operation and block, as counters
+    /// see them: if no release comes into it, this is all that [`access`](Self::access) would do.
+    /// `last` is the last write to the word.
+    pub(super) fn count_on(
+        &mut self,
+        agent: &Counter,
+        notes: &mut Notes,
+        access: &CountAccess,
+        last: Epoch,
+    ) -> bool {
+        let CountAccess { offset, bytes, .. } = *access;
+        let same = |h: &&mut History| (u32::from(h.at), u32::from(h.bytes)) == (offset % 4, bytes);
+        let Some(history) = self.words.get_mut(&(offset / 4)).filter(same) else {
+            return false;
+        };
+        let Some(before) = history.last else {
+            return false;
+        };
+        if history.releases || (before.value, before.by, before.op) != (access.old, last, agent.op)
+        {
+            return false;
+        }
+        if let Some((reason, op)) = before.flaw
+            && last.thread() != agent.by.thread()
+        {
+            let note = Note::new(access.address, (last, agent.op), (agent.by, agent.op));
+            notes.add(note.because(reason, op));
+        }
+        notes.strong |= 1 << agent.by.warp();
+        let flaw = match notes.fence_elsewhere(agent.by.warp(), agent.by.lane()) {
+            Some(fence) => (Reason::FenceElsewhere, fence),
+            None => (Reason::FlagRelaxed, agent.op),
+        };
+        let write = Write {
+            scope: Some(agent.scope),
+            by: agent.by,
+            op: agent.op,
+            modifies: true,
+            flaw: Some(flaw),
+            ..Write::anonymous(access.new, Known::ByEpoch)
+        };
+        history.push(write);
+        true
+    }
+
     /// The first strong write to a word: what was there before is its oldest value.
     fn begin(&mut self, race: &Race, agent: &mut Agent, notes: &mut Notes, access: &FlagAccess) {
         let Some(value) = access.new else { return };
-        let mut history = History {
-            at: (access.offset % 4) as u8,
-            bytes: access.bytes as u8,
-            stale: 0,
-            writes: VecDeque::with_capacity(2),
-        };
+        let at = (access.offset % 4) as u8;
+        let room = if access.modifies { MOST_WRITES } else { 2 };
+        let mut history = History::new(at, access.bytes as u8, room);
         if let Some(old) = access.old {
-            history
-                .writes
-                .push_back(Write::anonymous(old, Known::ToAll));
+            history.push(Write::anonymous(old, Known::ToAll));
         }
         let write = history.write(race, agent, notes, value, access);
         history.push(write);
@@ -304,17 +423,45 @@ impl Flags {
 }
 
 impl History {
+    fn new(at: u8, bytes: u8, room: usize) -> Self {
+        Self {
+            at,
+            bytes,
+            releases: false,
+            stale: 0,
+            writes: VecDeque::with_capacity(room),
+            last: None,
+        }
+    }
+
     fn push(&mut self, write: Write) {
-        self.insert(self.writes.len(), write);
+        self.make_room();
+        self.releases |= !write.releases().is_empty();
+        self.last = Some(Last {
+            value: write.value,
+            by: write.by,
+            op: write.op,
+            flaw: write.flaw,
+        });
+        self.writes.push_back(write);
         self.stale = 0;
     }
 
     fn insert(&mut self, mut place: usize, write: Write) {
-        if self.writes.len() == MOST_WRITES {
-            self.writes.pop_front();
+        if self.make_room() {
             place = place.saturating_sub(1);
         }
+        self.releases |= !write.releases().is_empty();
         self.writes.insert(place, write);
+    }
+
+    /// Whether the oldest write had to go.
+    fn make_room(&mut self) -> bool {
+        let full = self.writes.len() == MOST_WRITES;
+        if full {
+            self.writes.pop_front();
+        }
+        full
     }
 
     /// The oldest write that a lane may still read.
@@ -387,7 +534,7 @@ impl History {
                 (warp.block(), warp.warp()) == (reader.block(), reader.warp())
                     && mask >> reader.lane() & 1 != 0
             };
-            if i != taken && !write.seen.iter().any(own) {
+            if i != taken && !write.seen().iter().any(own) {
                 continue;
             }
             let reaches = write.scope.is_some_and(|s| {
@@ -397,7 +544,7 @@ impl History {
                 continue;
             }
             let note = Note::new(access.address, (write.by, write.op), (reader, agent.op));
-            if write.releases.is_empty() {
+            if write.releases().is_empty() {
                 if let Some((reason, op)) = write.flaw
                     && write.by.thread() != reader.thread()
                 {
@@ -405,7 +552,7 @@ impl History {
                 }
                 continue;
             }
-            order::observe(race, agent, notes, access, &write.releases, note);
+            order::observe(race, agent, notes, access, write.releases(), note);
         }
         let write = &mut self.writes[taken];
         if access.new.is_none() && !write.is_by(reader) && write.known != Known::ToAll {
@@ -442,9 +589,9 @@ impl History {
         // A release at this flag by the same thread goes on through its later writes (PTX ISA,
         // the second release pattern).
         if let Some(own) = self.writes.iter().rev().find(|w| w.is_by(by))
-            && !own.releases.is_empty()
+            && !own.releases().is_empty()
         {
-            let again = own.releases.iter().filter(|r| {
+            let again = own.releases().iter().filter(|r| {
                 r.by.thread() == by.thread() && !releases.iter().any(|n| n.scope >= r.scope)
             });
             let again: Vec<_> = again.cloned().collect();
@@ -458,7 +605,7 @@ impl History {
                 .scope
                 .is_some_and(|s| race.includes(s.min(access.scope), before.by.block(), by.block()));
             if reaches || access.raced {
-                order::hand_on(race, &mut releases, &before.releases);
+                order::hand_on(race, &mut releases, before.releases());
             }
         }
         Write {
@@ -467,11 +614,29 @@ impl History {
             op: agent.op,
             scope: Some(access.scope),
             known: Known::ByEpoch,
-            releases,
             modifies: access.modifies,
             flaw,
-            seen: Vec::new(),
             seen_by_all: false,
+            more: More::of(releases),
         }
     }
+}
+
+/// Counts on, if the last access to the scalar was that of a counter of the same block; false if
+/// not, and nothing has been done.
+pub fn count(
+    shadow: &mut Shadow,
+    flags: &mut Flags,
+    notes: &mut Notes,
+    counter: &Counter,
+    access: &CountAccess,
+) -> bool {
+    let Some(last) = shadow.last_count(counter, access.offset, access.bytes) else {
+        return false;
+    };
+    if !flags.count_on(counter, notes, access, last) {
+        return false;
+    }
+    shadow.count(counter, access.offset, access.bytes);
+    true
 }

@@ -59,7 +59,7 @@ use std::sync::Arc;
 
 pub use agent::{Agent, Conflict, Memo};
 pub use clock::{Epoch, Knowledge, StreamClock, WarpClock, barrier, warp_sync};
-pub use history::{FlagAccess, Flags, Stale};
+pub use history::{CountAccess, Counter, FlagAccess, Flags, Stale, count};
 pub use order::{Fence, fence};
 pub use shadow::{Cell, Row, Shadow};
 pub use words::Notes;
@@ -71,19 +71,22 @@ use crate::machine::{Block, Launch};
 use crate::memory::{self, Order, Scope};
 
 /// What memory keeps of an operation that touched it, in one word: the operation's number (25
-/// bits), how many words of memory a lane accesses at once (its logarithm, 2 bits), whether it is
-/// anything but a plain access (strong, or through the non-coherent path: then [`Race`] knows the
-/// rest), and which bytes of the word it touched (4 bits).
+/// bits), how many words of memory a lane accesses at once (its logarithm, 2 bits; 3 says that
+/// several lanes touched the word, each its own bytes), whether it is anything but a plain access
+/// (strong, or through the non-coherent path: then [`Race`] knows the rest), and which bytes of
+/// the word it touched (4 bits).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Touch(u32);
 
 impl Touch {
     /// Bits of the number of an operation.
     pub(crate) const OP_BITS: u32 = 25;
+    /// Lanes that follow each other touched the word, with as many bytes each that do so too.
+    const SPREAD: u32 = 3 << 5;
 
     #[inline(always)]
     fn new(op: u32, access: u32, special: bool, bytes: u8) -> Self {
-        let words = (access >> 2 | 1).ilog2();
+        let words = (access >> 2 | 1).ilog2().min(2);
         Self(op << 7 | words << 5 | u32::from(special) << 4 | u32::from(bytes))
     }
 
@@ -109,6 +112,49 @@ impl Touch {
 
     fn same_operation(self, other: Self) -> bool {
         self.0 >> 4 == other.0 >> 4
+    }
+
+    #[inline(always)]
+    fn is_spread(self) -> bool {
+        self.0 & Self::SPREAD == Self::SPREAD
+    }
+
+    /// The touch of some lanes by which one more lane has touched its own bytes of the word: the
+    /// same if it is one of them, or spread one lane further.
+    #[inline(always)]
+    fn spread(self, lanes: u32, new: Self, lane: usize) -> Option<Self> {
+        let (count, size) = (lanes.count_ones(), new.bytes().count_ones());
+        let same = (self.0 ^ new.0) & !(Self::SPREAD | 15) == 0;
+        let alike = self.bytes().count_ones() == count * size && (self.is_spread() || count == 1);
+        let nth = (lane as u32).wrapping_sub(lanes.trailing_zeros());
+        let first = new.bytes().trailing_zeros();
+        let in_line = first
+            == self
+                .bytes()
+                .trailing_zeros()
+                .wrapping_add(nth.wrapping_mul(size));
+        if size > 2 || !(same && alike && in_line) {
+            None
+        } else if nth < count {
+            Some(self)
+        } else {
+            (nth == count).then_some(Self(self.0 | Self::SPREAD | u32::from(new.bytes())))
+        }
+    }
+
+    /// Of the lanes that touched a word, those that touched some of these bytes.
+    #[inline(always)]
+    fn lanes_of(self, lanes: u32, bytes: u8) -> u32 {
+        if !self.is_spread() {
+            return lanes;
+        }
+        let first = self.bytes().trailing_zeros();
+        let size = (self.bytes().count_ones() / lanes.count_ones().max(1)).max(1);
+        let touched = (0..lanes.count_ones()).filter(|nth| {
+            let own = ((1u32 << size) - 1) << (first + nth * size);
+            own & u32::from(bytes) != 0
+        });
+        touched.fold(0, |some, nth| some | 1 << (lanes.trailing_zeros() + nth))
     }
 }
 

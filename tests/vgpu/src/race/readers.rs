@@ -38,20 +38,24 @@ impl Reader {
             block,
             warp,
             time,
-            rotated: lanes.rotate_right(turn(word, touch)),
+            rotated: lanes.rotate_right(turn(word, touch, lanes)),
             touch,
         }
     }
 
     /// The lanes that read this word.
     pub(super) fn lanes(&self, word: u32) -> u32 {
-        self.rotated.rotate_left(turn(word, self.touch))
+        self.rotated
+            .rotate_left(turn(word, self.touch, self.rotated))
     }
 }
 
 /// How far lanes are rotated: by bytes and halves, four and two lanes to a word; by vectors,
 /// several words to a lane.
-fn turn(word: u32, touch: Touch) -> u32 {
+fn turn(word: u32, touch: Touch, lanes: u32) -> u32 {
+    if touch.is_spread() {
+        return word.wrapping_mul(lanes.count_ones());
+    }
     match touch.bytes().count_ones() {
         1 => word.wrapping_mul(4),
         2 => word.wrapping_mul(2),

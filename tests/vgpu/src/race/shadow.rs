@@ -8,12 +8,15 @@
 
 mod lines;
 mod rows;
+#[cfg(test)]
+mod tests;
 
 use bytemuck::{Pod, Zeroable};
 use rustc_hash::FxHashMap;
 
 pub use rows::Row;
 
+use super::history::Counter;
 use super::readers::Reader;
 use super::{Agent, Conflict, Epoch, HOST_OP, Memo, Race, Touch, WarpClock};
 use crate::memory::Scope;
@@ -243,7 +246,8 @@ impl Shadow {
                 if last.epoch == 0 || touch.bytes() & bytes == 0 {
                     return None;
                 }
-                agent.against_reads(race, Epoch(last.epoch), last.lanes, touch)
+                let lanes = touch.lanes_of(last.lanes, bytes);
+                agent.against_reads(race, Epoch(last.epoch), lanes, touch)
             }
             Reads::Block { warps, own } => lanes(warps[word as usize]).find_map(|warp| {
                 let own = own[warp].as_ref()?[word as usize];
@@ -252,7 +256,7 @@ impl Shadow {
                     return None;
                 }
                 let epoch = Epoch::new(agent.block, warp as u32, 0, own.time);
-                agent.against_reads(race, epoch, own.lanes, touch)
+                agent.against_reads(race, epoch, touch.lanes_of(own.lanes, bytes), touch)
             }),
         }
     }
@@ -294,6 +298,36 @@ impl Shadow {
             if bytes >> b & 1 != 0 {
                 *part = (epoch, touch.0);
             }
+        }
+    }
+
+    /// The last write to a scalar, if it was by the same operation of the same block, and nobody
+    /// has read since.
+    #[inline(always)]
+    pub(super) fn last_count(&self, counter: &Counter, offset: u32, bytes: u32) -> Option<Epoch> {
+        let at = offset as usize / 4;
+        let cells = self.cells.get(at..at + bytes as usize / 4)?;
+        let first = cells[0];
+        let touch = counter.touch(bytes).0;
+        let same = cells.iter().fold(true, |same, cell| {
+            same & (cell.write == first.write && cell.write_touch == touch && cell.reads == 0)
+        });
+        let read = match &self.reads {
+            Reads::Any(last) => last[at..at + cells.len()]
+                .iter()
+                .any(|last| last.epoch != 0),
+            Reads::Block { warps, .. } => warps[at..at + cells.len()].iter().any(|&w| w != 0),
+        };
+        let last = Epoch(first.write);
+        (same && !read && last.block() == counter.epoch().block()).then_some(last)
+    }
+
+    /// Counts on from there.
+    #[inline(always)]
+    pub(super) fn count(&mut self, counter: &Counter, offset: u32, bytes: u32) {
+        let at = offset as usize / 4;
+        for cell in &mut self.cells[at..at + bytes as usize / 4] {
+            cell.write = counter.epoch().0;
         }
     }
 
@@ -362,8 +396,12 @@ fn same_read(race: &Race, mask: &mut u32, old: u32, new: Touch, lane: u32) -> bo
         return true;
     }
     let old = Touch(old);
-    *mask & lane != 0
-        && new.bytes() & !old.bytes() == 0
+    let own = if old.is_spread() {
+        old.lanes_of(*mask, new.bytes()) == lane
+    } else {
+        *mask & lane != 0
+    };
+    own && new.bytes() & !old.bytes() == 0
         && (!old.special() && !new.special() || race.same_kind(old.op(), new.op()))
 }
 
@@ -375,7 +413,8 @@ fn check_set(race: &Race, agent: &Agent, set: u32, word: u32, bytes: u8) -> Opti
         at = reader.before;
         let epoch = Epoch::new(reader.block, reader.warp, 0, reader.time);
         if reader.touch.bytes() & bytes != 0 {
-            let found = agent.against_reads(race, epoch, reader.lanes(word), reader.touch);
+            let lanes = reader.touch.lanes_of(reader.lanes(word), bytes);
+            let found = agent.against_reads(race, epoch, lanes, reader.touch);
             if found.is_some() {
                 return found;
             }

@@ -85,6 +85,18 @@ KERNEL plain_histogram(int *bins, const int *keys) {
   int k = keys[threadIdx.x];
   bins[k] = bins[k] + 1;  // fault: plain_histogram
 }
+KERNEL counter_read_plainly(int *out, int *count) {
+  for (int i = 0; i < 8; i++) atomicAdd(count, 1);
+  if (threadIdx.x == 40) *out = *count;  // fault: counter_read_plainly
+}
+KERNEL counter_reset_plainly(int *count) {
+  for (int i = 0; i < 8; i++) atomicAdd(count, 1);
+  if (threadIdx.x == 40) *count = 0;  // fault: counter_reset_plainly
+}
+KERNEL byte_overwritten(unsigned char *out, unsigned char *data) {
+  out[threadIdx.x] = data[threadIdx.x % 32];  // fault: byte_overwritten
+  if (threadIdx.x == 40) data[5] = 7;  // fault: byte_overwritten
+}
 KERNEL missing_fence(int *data, int *flag, int *out) {
   if (blockIdx.x == 0) {
     *data = 42;

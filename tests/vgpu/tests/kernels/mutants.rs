@@ -77,6 +77,13 @@ fn mutants() -> Vec<Mutant> {
         mutant("plain_histogram", Race, 1, 32, |g| {
             vec![zeros(g, 4), zeros(g, 32)]
         }),
+        mutant("counter_read_plainly", Race, 1, 64, |g| {
+            vec![g.room(4), zeros(g, 1)]
+        }),
+        mutant("counter_reset_plainly", Race, 1, 64, |g| vec![zeros(g, 1)]),
+        mutant("byte_overwritten", Race, 1, 64, |g| {
+            vec![g.room(64), zeros(g, 8)]
+        }),
         mutant("missing_fence", Race, 2, 1, |g| {
             vec![zeros(g, 1), zeros(g, 1), g.room(4)]
         }),

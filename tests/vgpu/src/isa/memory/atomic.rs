@@ -5,7 +5,7 @@ use super::super::expect_operands;
 use super::{Target, take_cache_hints, take_scope, take_space};
 use crate::finding::Kind;
 use crate::lowering::{LoadError, Lowering, Modifiers, bad, size_of, unsupported};
-use crate::memory::{self, Access, Data, Order, Scope, Space, space_of};
+use crate::memory::{self, Access, Order, Scope, Space, space_of};
 use crate::program::{Action, Step};
 use crate::ptx::ast::{Instruction, Operand, Type};
 use crate::registers::{LANES, R32, R64};
@@ -187,7 +187,8 @@ fn atomic(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action
             }),
             _ => 0,
         };
-        let mut old = Data::default();
+        let mut old = cx.exchange.data.take().unwrap_or_default();
+        old.clear(8);
         let result = memory::atomic(cx, &access, &mut old, &mut |lane, value| {
             update(value, x[lane], y[lane], shared >> lane & 1 == 0)
         });
@@ -207,6 +208,7 @@ fn atomic(i: &Instruction, m: &mut Modifiers, f: &mut Lowering) -> Result<Action
                 cx.regs.set64(d, cx.mask, &value, undef);
             }
         }
+        cx.exchange.data = Some(old);
         Step::Next
     }))
 }

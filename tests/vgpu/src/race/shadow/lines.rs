@@ -1,4 +1,4 @@
-//! Lines: what the 32 lanes of a warp access side by side, `W` words each. Mostly all words of a
+//! Lines: what several lanes of a warp access side by side, `W` words each. Mostly all words of a
 //! line have the same story, told lane by lane: one warp wrote them at one time, and one warp read
 //! them last. Then one look answers for all of them, if the lane that looks speaks for all lanes of
 //! its warp.
@@ -7,7 +7,24 @@ use super::{Cell, Last, Own, Reads, SPLIT, Shadow};
 use crate::race::clock::TIME_BITS;
 use crate::race::readers::Reader;
 use crate::race::{Agent, Epoch, Race, Touch};
-use crate::registers::{LANES, lanes};
+use crate::registers::lanes;
+
+/// Where a line is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Line {
+    /// The first lane, and how many there are.
+    pub(super) lane: usize,
+    pub(super) lanes: usize,
+    /// The first word.
+    pub(super) word: u32,
+}
+
+impl Line {
+    fn words<const W: usize>(&self) -> std::ops::Range<usize> {
+        let at = self.word as usize;
+        at..at + self.lanes * W
+    }
+}
 
 /// The bits of an epoch that say which lane it is.
 const LANE: u64 = 31 << TIME_BITS;
@@ -26,13 +43,13 @@ struct Written {
 impl Written {
     /// None if the words differ.
     #[inline(always)]
-    fn of<const W: usize>(cells: &[Cell]) -> Option<Self> {
+    fn of<const W: usize>(cells: &[Cell], lane: usize) -> Option<Self> {
         let first = cells[0];
         let (mut other, mut moved, mut touches, mut reads) = (0, 0, 0, 0);
-        for (lane, cells) in cells.as_chunks::<W>().0.iter().enumerate() {
+        for (cells, lane) in cells.as_chunks::<W>().0.iter().zip(lane as u64..) {
             for cell in cells {
                 other |= (cell.write ^ first.write) & !LANE;
-                moved |= (cell.write ^ (lane as u64) << TIME_BITS) & LANE;
+                moved |= (cell.write ^ lane << TIME_BITS) & LANE;
                 touches |= cell.write_touch;
                 reads |= cell.reads ^ first.reads;
             }
@@ -62,53 +79,54 @@ impl Written {
 fn last_reads<const W: usize>(reads: &[Last]) -> Option<Last> {
     let first = reads[0];
     let (mut other, mut touches, mut moved) = (0, 0, 0);
-    for (lane, reads) in reads.as_chunks::<W>().0.iter().enumerate() {
+    for (reads, lane) in reads.as_chunks::<W>().0.iter().zip(0..) {
         for last in reads {
             other |= last.epoch ^ first.epoch;
             touches |= last.touch ^ first.touch;
-            moved |= last.lanes ^ first.lanes.rotate_left(lane as u32);
+            moved |= last.lanes ^ first.lanes.rotate_left(lane);
         }
     }
     (other == 0 && touches == 0 && moved == 0).then_some(first)
 }
 
-/// Whether last reads are the agent's warp's own, of every word by the lane that accesses it now.
+/// Whether last reads are the agent's warp's own, of every word by the lane that accesses it now:
+/// the agent is the first.
 #[inline(always)]
 fn is_own(agent: &Agent, first: Last) -> bool {
-    Epoch(first.epoch).of_warp() == agent.epoch().of_warp() && first.lanes == 1
+    Epoch(first.epoch).of_warp() == agent.epoch().of_warp() && first.lanes == 1 << agent.lane
 }
 
 impl Shadow {
-    /// A read of a line; false if it is not as simple as that, and nothing has been done.
+    /// A read of a line; false if it is not as simple as that, and nothing has been done. The agent
+    /// is the first lane, and speaks for all.
     #[inline(always)]
     pub(super) fn read_line<const W: usize>(
         &mut self,
         race: &mut Race,
         agent: &Agent,
-        first: u32,
+        line: Line,
     ) -> bool {
-        let at = first as usize;
-        let line = at..at + LANES * W;
-        let Some(cells) = self.cells.get_mut(line.clone()) else {
+        let (words, lane) = (line.words::<W>(), line.lane);
+        let Some(cells) = self.cells.get_mut(words.clone()) else {
             return false;
         };
-        let Some(written) = Written::of::<W>(cells) else {
+        let Some(written) = Written::of::<W>(cells, lane) else {
             return false;
         };
-        if !agent.speaks_for_all() || !written.is_known(race, agent) {
+        if !written.is_known(race, agent) {
             return false;
         }
         let touch = agent.touch(15);
         let time = agent.clock.time;
         match &mut self.reads {
             Reads::Any(reads) => {
-                let reads = &mut reads[line];
+                let reads = &mut reads[words];
                 let Some(last) = last_reads::<W>(reads) else {
                     return false;
                 };
                 let own = Epoch::new(agent.block, agent.warp, 0, time).0;
                 if last.epoch == own && last.touch == touch.0 {
-                    for (lane, reads) in reads.as_chunks_mut::<W>().0.iter_mut().enumerate() {
+                    for (reads, lane) in reads.as_chunks_mut::<W>().0.iter_mut().zip(lane..) {
                         reads.iter_mut().for_each(|last| last.lanes |= 1 << lane);
                     }
                     return true;
@@ -116,27 +134,27 @@ impl Shadow {
                 // As `read` does for a single word.
                 let (by, before) = (Epoch(last.epoch), Touch(last.touch));
                 let plain = !before.special() && !touch.special();
-                if last.epoch == own && plain && last.lanes == 1 {
+                if last.epoch == own && plain && is_own(agent, last) {
                     return true;
                 }
                 let whole = before.bytes() == 15;
                 let covered =
                     by.0 == 0 || whole && (is_own(agent, last) || agent.makes_certain(race, by));
                 // The words have the same reader only if lanes are counted by the same steps.
-                let steps = before.words() == W.ilog2() && first.is_multiple_of(W as u32);
+                let steps = before.words() == W.ilog2() && line.word.is_multiple_of(W as u32);
                 if !(covered || whole && steps) {
                     return false;
                 }
                 let mut set = agent.without_certain(race, written.reads);
                 if !covered {
                     let who = (by.block(), by.warp(), by.time());
-                    let reader = Reader::new(set, who, last.lanes, first, before);
+                    let reader = Reader::new(set, who, last.lanes, line.word, before);
                     set = race.readers.push(reader);
                 }
                 if set != written.reads {
                     cells.iter_mut().for_each(|cell| cell.reads = set);
                 }
-                for (lane, reads) in reads.as_chunks_mut::<W>().0.iter_mut().enumerate() {
+                for (reads, lane) in reads.as_chunks_mut::<W>().0.iter_mut().zip(lane..) {
                     *reads = [Last {
                         epoch: own,
                         touch: touch.0,
@@ -149,13 +167,13 @@ impl Shadow {
                 let Some(own) = &mut own[agent.warp as usize] else {
                     return false;
                 };
-                let (warps, own) = (&mut warps[line.clone()], &mut own[line]);
+                let (warps, own) = (&mut warps[words.clone()], &mut own[words]);
                 let bit = 1 << agent.warp;
                 let some = warps.iter().fold(0, |some, warps| some | warps) & bit;
                 let all = warps.iter().fold(bit, |all, warps| all & warps);
                 if some == 0 {
                     warps.iter_mut().for_each(|warps| *warps |= bit);
-                    for (lane, own) in own.as_chunks_mut::<W>().0.iter_mut().enumerate() {
+                    for (own, lane) in own.as_chunks_mut::<W>().0.iter_mut().zip(lane..) {
                         *own = [Own {
                             time,
                             touch: touch.0,
@@ -168,7 +186,7 @@ impl Shadow {
                 if all == 0 || own.iter().fold(0, |any, own| any | differ(own)) != 0 {
                     return false;
                 }
-                for (lane, own) in own.as_chunks_mut::<W>().0.iter_mut().enumerate() {
+                for (own, lane) in own.as_chunks_mut::<W>().0.iter_mut().zip(lane..) {
                     own.iter_mut().for_each(|own| own.lanes |= 1 << lane);
                 }
                 true
@@ -176,31 +194,27 @@ impl Shadow {
         }
     }
 
-    /// A write of a line; false if it is not as simple as that, and nothing has been done.
+    /// The same for a write.
     #[inline(always)]
     pub(super) fn write_line<const W: usize>(
         &mut self,
         race: &Race,
         agent: &Agent,
-        first: u32,
+        line: Line,
     ) -> bool {
-        let at = first as usize;
-        let line = at..at + LANES * W;
-        let Some(cells) = self.cells.get_mut(line.clone()) else {
+        let (words, lane) = (line.words::<W>(), line.lane);
+        let Some(cells) = self.cells.get_mut(words.clone()) else {
             return false;
         };
-        let Some(written) = Written::of::<W>(cells) else {
+        let Some(written) = Written::of::<W>(cells, lane) else {
             return false;
         };
-        if !agent.speaks_for_all()
-            || !written.is_known(race, agent)
-            || !agent.makes_clean(race, written.reads)
-        {
+        if !written.is_known(race, agent) || !agent.makes_clean(race, written.reads) {
             return false;
         }
         match &mut self.reads {
             Reads::Any(reads) => {
-                let reads = &mut reads[line];
+                let reads = &mut reads[words];
                 let Some(last) = last_reads::<W>(reads) else {
                     return false;
                 };
@@ -214,7 +228,7 @@ impl Shadow {
                 reads.fill(Last::default());
             }
             Reads::Block { warps, own } => {
-                let warps = &mut warps[line.clone()];
+                let warps = &mut warps[words.clone()];
                 let readers = warps[0];
                 if warps.iter().fold(0, |any, warps| any | (warps ^ readers)) != 0 {
                     return false;
@@ -223,18 +237,21 @@ impl Shadow {
                     let Some(own) = &own[reader] else {
                         return false;
                     };
-                    let own = &own[line.clone()];
+                    let own = &own[words.clone()];
                     let touches = own.iter().fold(0, |all, own| all | own.touch);
                     let last = own.iter().fold(0, |last, own| own.time.max(last));
-                    let known = if reader == agent.warp as usize {
-                        let others = own.as_chunks::<W>().0.iter().enumerate();
-                        let others = others.fold(0, |any, (lane, own)| {
+                    let near = &agent.clock.near;
+                    let known = if reader != agent.warp as usize {
+                        near.known[reader] > last
+                    } else if near.of_all() > last {
+                        true
+                    } else {
+                        let others = own.as_chunks::<W>().0.iter().zip(lane..);
+                        let others = others.fold(0, |any, (own, lane)| {
                             own.iter()
                                 .fold(any, |any, own| any | (own.lanes ^ 1 << lane))
                         });
                         others == 0
-                    } else {
-                        agent.clock.near.known[reader] > last
                     };
                     if Touch(touches).special() || !known {
                         return false;
@@ -244,10 +261,10 @@ impl Shadow {
             }
         }
         let touch = agent.touch(15).0;
-        let own = agent.epoch().0;
-        for (lane, cells) in cells.as_chunks_mut::<W>().0.iter_mut().enumerate() {
+        let own = agent.epoch().0 & !LANE;
+        for (cells, lane) in cells.as_chunks_mut::<W>().0.iter_mut().zip(lane as u64..) {
             *cells = [Cell {
-                write: own | (lane as u64) << TIME_BITS,
+                write: own | lane << TIME_BITS,
                 write_touch: touch,
                 reads: 0,
             }; W];

@@ -3,6 +3,7 @@
 //! word, or as a whole where the lanes lie side by side (`lines`). The others go the long way, one
 //! by one.
 
+use super::lines::Line;
 use super::{Last, Own, Reads, SPLIT, Shadow, zeros};
 use crate::race::{Agent, Conflict, Epoch, Race, Touch};
 use crate::registers::{FULL, Lanes64, lanes};
@@ -34,19 +35,55 @@ impl Row<'_> {
         (at / 4..at / 4 + self.bytes.div_ceil(4), bytes)
     }
 
-    /// The first word of a line: 32 lanes side by side, with whole words each.
+    /// The lanes from this one on, of those in `left`, whose addresses all lie a step apart: one
+    /// at least. The step is none, or the lane's bytes if they are whole words.
     #[inline(always)]
-    fn line(&self) -> Option<u32> {
-        if self.mask != FULL || self.bytes < 4 {
-            return None;
+    fn run(&self, lane: usize, left: u32) -> (usize, u64) {
+        let most = (left >> lane).trailing_ones() as usize;
+        let addresses = &self.addresses[lane..lane + most];
+        let [first, second, ..] = *addresses else {
+            return (1, 0);
+        };
+        let (step, bytes) = (second.wrapping_sub(first), u64::from(self.bytes));
+        if step != 0 && (step != bytes || bytes < 4) {
+            return (1, 0);
         }
-        let (first, bytes) = (self.addresses[0], u64::from(self.bytes));
-        let lanes = self.addresses.iter().zip(0u64..);
-        let gaps = lanes.fold(0, |gaps, (&at, lane)| {
-            gaps | (at ^ first.wrapping_add(lane * bytes))
-        });
-        (gaps == 0).then_some(((first - self.base) / 4) as u32)
+        // Without a way out of the loop it is a few vector instructions.
+        let expected = (0..).map(|lane| first.wrapping_add(lane * step));
+        let others = addresses.iter().zip(expected);
+        if others
+            .clone()
+            .fold(0, |any, (&at, expected)| any | (at ^ expected))
+            == 0
+        {
+            return (most, step);
+        }
+        (
+            others.take_while(|(at, expected)| *at == expected).count(),
+            step,
+        )
     }
+}
+
+/// Lanes that make a line worth looking at as such.
+const SHORTEST: usize = 4;
+
+/// A warp reads a word once more at the same time, by other lanes or other bytes; whether what is
+/// kept of it can say so.
+#[inline(always)]
+fn reads_on(old: &mut u32, mask: &mut u32, new: Touch, lanes: u32) -> bool {
+    if *old == new.0 {
+        *mask |= lanes;
+        return true;
+    }
+    if new.bytes() == 15 || !lanes.is_power_of_two() {
+        return false;
+    }
+    let spread = Touch(*old).spread(*mask, new, lanes.trailing_zeros() as usize);
+    let Some(spread) = spread else { return false };
+    *old = spread.0;
+    *mask |= lanes;
+    true
 }
 
 impl Shadow {
@@ -61,30 +98,76 @@ impl Shadow {
         if let Reads::Block { warps, own } = &mut self.reads {
             own[agent.warp as usize].get_or_insert_with(|| zeros(warps.len()));
         }
-        if let Some(first) = row.line() {
-            agent.lane = 0;
-            let done = match row.bytes {
-                4 => self.read_line::<1>(race, agent, first),
-                8 => self.read_line::<2>(race, agent, first),
-                16 => self.read_line::<4>(race, agent, first),
-                _ => self.read_line::<8>(race, agent, first),
+        let together = agent.speaks_for_all();
+        let mut left = row.mask;
+        while left != 0 {
+            let lane = left.trailing_zeros() as usize;
+            let (count, step) = if together {
+                row.run(lane, left)
+            } else {
+                (1, 0)
             };
-            if done {
-                return None;
-            }
-        }
-        for lane in lanes(row.mask) {
+            let run = FULL >> (32 - count) << lane;
+            left &= !run;
             agent.lane = lane;
             let (words, bytes) = row.words(lane);
             let touch = agent.touch(bytes);
-            for word in words {
-                if !self.reads_plainly(agent, word, touch) {
-                    let conflict = self.read(race, agent, word, bytes);
-                    found = found.or(conflict.map(|c| (lane, c)));
+            if step == 0 {
+                for word in words {
+                    agent.lane = lane;
+                    if !self.reads_plainly(race, agent, word, touch, run) {
+                        self.read_each(race, agent, run, word, bytes, &mut found);
+                    }
+                }
+                continue;
+            }
+            let line = Line {
+                lane,
+                lanes: count,
+                word: words.start,
+            };
+            let done = count >= SHORTEST
+                && match row.bytes {
+                    4 => self.read_line::<1>(race, agent, line),
+                    8 => self.read_line::<2>(race, agent, line),
+                    16 => self.read_line::<4>(race, agent, line),
+                    _ => self.read_line::<8>(race, agent, line),
+                };
+            if done {
+                continue;
+            }
+            for lane in lanes(run) {
+                agent.lane = lane;
+                for word in row.words(lane).0 {
+                    self.read_each(race, agent, 1 << lane, word, bytes, &mut found);
                 }
             }
         }
         found
+    }
+
+    /// Reads of a word by some lanes, one after the other.
+    fn read_each(
+        &mut self,
+        race: &mut Race,
+        agent: &mut Agent,
+        by: u32,
+        word: u32,
+        bytes: u8,
+        found: &mut Option<(usize, Conflict)>,
+    ) {
+        let touch = agent.touch(bytes);
+        for lane in lanes(by) {
+            agent.lane = lane;
+            if !self.reads_plainly(race, agent, word, touch, 1 << lane) {
+                let conflict = self.read(race, agent, word, bytes);
+                if let Some(conflict) = conflict
+                    && found.is_none_or(|(first, _)| lane < first)
+                {
+                    *found = Some((lane, conflict));
+                }
+            }
+        }
     }
 
     /// Writes; the first lane for which that is a conflict.
@@ -95,26 +178,45 @@ impl Shadow {
         row: &Row,
     ) -> Option<(usize, Conflict)> {
         let mut found = None;
-        if let Some(first) = row.line() {
-            agent.lane = 0;
-            let done = match row.bytes {
-                4 => self.write_line::<1>(race, agent, first),
-                8 => self.write_line::<2>(race, agent, first),
-                16 => self.write_line::<4>(race, agent, first),
-                _ => self.write_line::<8>(race, agent, first),
+        let together = agent.speaks_for_all();
+        let mut left = row.mask;
+        while left != 0 {
+            let lane = left.trailing_zeros() as usize;
+            let (mut count, step) = if together {
+                row.run(lane, left)
+            } else {
+                (1, 0)
             };
-            if done {
-                return None;
+            if step == 0 {
+                count = 1;
             }
-        }
-        for lane in lanes(row.mask) {
+            let run = FULL >> (32 - count) << lane;
+            left &= !run;
             agent.lane = lane;
             let (words, bytes) = row.words(lane);
+            let line = Line {
+                lane,
+                lanes: count,
+                word: words.start,
+            };
+            let done = count >= SHORTEST
+                && match row.bytes {
+                    4 => self.write_line::<1>(race, agent, line),
+                    8 => self.write_line::<2>(race, agent, line),
+                    16 => self.write_line::<4>(race, agent, line),
+                    _ => self.write_line::<8>(race, agent, line),
+                };
+            if done {
+                continue;
+            }
             let touch = agent.touch(bytes);
-            for word in words {
-                if !self.writes_plainly(agent, word, touch) {
-                    let conflict = self.write(race, agent, word, bytes);
-                    found = found.or(conflict.map(|c| (lane, c)));
+            for lane in lanes(run) {
+                agent.lane = lane;
+                for word in row.words(lane).0 {
+                    if !self.writes_plainly(race, agent, word, touch) {
+                        let conflict = self.write(race, agent, word, bytes);
+                        found = found.or(conflict.map(|c| (lane, c)));
+                    }
                 }
             }
         }
@@ -123,28 +225,37 @@ impl Shadow {
 
     /// Whether the agent is certain to know of a word's last write.
     #[inline(always)]
-    fn knows_write(&self, agent: &Agent, word: u32) -> bool {
+    fn knows_write(&self, race: &Race, agent: &Agent, word: u32, lanes: u32) -> bool {
         let cell = &self.cells[word as usize];
         let special = Touch(cell.write_touch).special() || agent.non_coherent;
         let write = Epoch(cell.write);
-        cell.write == 0 || !special && (agent.is_certain(write) || agent.is_own(write))
+        let own = || lanes == 1 << agent.lane && agent.is_own(write);
+        let known = || own() || agent.makes_certain(race, write);
+        cell.write == 0 || cell.write != SPLIT && !special && known()
     }
 
-    /// A read, if it is certain to conflict with nothing and there is no other read to be kept.
+    /// A read by some lanes that know the same, if it is certain to conflict with nothing and
+    /// there is no other read to be kept.
     #[inline(always)]
-    fn reads_plainly(&mut self, agent: &Agent, word: u32, touch: Touch) -> bool {
+    fn reads_plainly(
+        &mut self,
+        race: &Race,
+        agent: &Agent,
+        word: u32,
+        touch: Touch,
+        lanes: u32,
+    ) -> bool {
         let at = word as usize;
-        if at >= self.cells.len() || !self.knows_write(agent, word) {
+        if at >= self.cells.len() || !self.knows_write(race, agent, word, lanes) {
             return false;
         }
-        let (time, lanes) = (agent.clock.time, 1 << agent.lane);
+        let time = agent.clock.time;
         match &mut self.reads {
             Reads::Any(reads) => {
                 let last = &mut reads[at];
                 let epoch = Epoch::new(agent.block, agent.warp, 0, time).0;
-                if last.epoch == epoch && last.touch == touch.0 {
-                    last.lanes |= lanes;
-                    return true;
+                if last.epoch == epoch {
+                    return reads_on(&mut last.touch, &mut last.lanes, touch, lanes);
                 }
                 if last.epoch == 0 && self.cells[at].reads == 0 {
                     *last = Last {
@@ -170,20 +281,20 @@ impl Shadow {
                     };
                     return true;
                 }
-                if own.time == time && own.touch == touch.0 {
-                    own.lanes |= lanes;
-                    return true;
-                }
-                false
+                own.time == time && reads_on(&mut own.touch, &mut own.lanes, touch, lanes)
             }
         }
     }
 
     /// A write of a whole word, if it is certain to conflict with nothing.
     #[inline(always)]
-    fn writes_plainly(&mut self, agent: &Agent, word: u32, touch: Touch) -> bool {
+    fn writes_plainly(&mut self, race: &Race, agent: &Agent, word: u32, touch: Touch) -> bool {
         let at = word as usize;
-        if touch.bytes() != 15 || at >= self.cells.len() || !self.knows_write(agent, word) {
+        let lanes = 1 << agent.lane;
+        if touch.bytes() != 15
+            || at >= self.cells.len()
+            || !self.knows_write(race, agent, word, lanes)
+        {
             return false;
         }
         let cell = &mut self.cells[at];
