@@ -2,7 +2,7 @@
 
 use super::rest::{all_at_rest, device_at_rest};
 use super::status::{In, Out, Outcome, Status};
-use super::{Driver, Guard, Handle, Kept, api, explain, wait_for};
+use super::{Driver, Guard, Handle, Kept, api, explain};
 use crate::finding::{Finding, Kind};
 
 impl Driver {
@@ -268,14 +268,6 @@ api! {
         driver.healthy()?;
         driver.potentially_unsafe()?;
         if driver.allocations.contains_key(&at) {
-            // As on a device, freeing waits for what may still use the memory.
-            let current = driver.current()?;
-            let context = driver.context(current)?;
-            let own = [context.default, context.per_thread];
-            let streams = driver.streams.values().filter(|s| s.context == current).map(|s| s.id);
-            for id in streams.chain(own).collect::<Vec<_>>() {
-                driver = wait_for(driver, id);
-            }
             driver = device_at_rest(driver)?;
         }
         driver.free(at, &[Kept::Device, Kept::Managed], "cuMemFree")

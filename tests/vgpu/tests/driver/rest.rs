@@ -179,14 +179,13 @@ fn who_relies_on_these_not_waiting_deadlocks_and_is_told() {
             for words in [
                 "deadlock: nothing can advance any more: block [0, 0, 0] warp 0",
                 "spin on",
-                &format!("the host waits in {name}"),
+                &format!(
+                    "the host waits in {name}, which waits for all that the devices had to do when \
+                     it was called"
+                ),
             ] {
                 assert!(findings.contains(words), "{name}: {words}: {findings}");
             }
-            // Freeing waits for its own context in so many words; the others only happen to.
-            let happens = "which waits for all that the devices had to do when it was called";
-            let says = findings.contains(happens);
-            assert_eq!(says, name != "cuMemFree_v2", "{name}: {findings}");
             cu!(cuda, cuDevicePrimaryCtxReset_v2(0));
         }
     });
@@ -261,6 +260,37 @@ const GO_ON: [(&str, Prepare, Call); 12] = [
         code
     }),
 ];
+
+#[test]
+fn who_relies_on_these_waiting_races() {
+    passes(here!(), &[], |cuda| {
+        let calls: [(&str, fn(&Spinning)); 3] = [
+            ("cuMemAlloc", |s: &Spinning| {
+                cu!(s.cuda, cuMemAlloc_v2(&mut 0u64, 64u64));
+            }),
+            ("cuMemFree", |s: &Spinning| {
+                let at = s.cuda.put(&[1]);
+                cu!(s.cuda, cuMemFree_v2(at));
+            }),
+            ("cuStreamSynchronize", |s: &Spinning| {
+                cu!(s.cuda, cuStreamSynchronize(s.stream));
+            }),
+        ];
+        for (name, wait) in calls {
+            let (s, add) = Spinning::new(cuda, |s| s.cuda.function(s.module, "add"));
+            cu!(cuda, cuMemsetD32Async(s.flag, 1u32, 1u64, s.stream));
+            // Two streams add to the same words, with nothing but the call between.
+            cuda.launch(add, s.stream, 4, &[s.room, 1]);
+            wait(&s);
+            cuda.launch(add, s.spinner, 4, &[s.room, 1]);
+            cu!(cuda, cuCtxSynchronize());
+            let findings = cuda.findings();
+            let races = findings.lines().any(|l| l.starts_with("race: "));
+            assert_eq!(races, name != "cuStreamSynchronize", "{name}: {findings}");
+            cu!(cuda, cuDevicePrimaryCtxReset_v2(0));
+        }
+    });
+}
 
 #[test]
 fn these_do_not_wait() {
