@@ -2,13 +2,16 @@
 //! drawn; a rank that dies is a named error on all of them, and a rebuilt model answers as before.
 #![cfg(feature = "cuda")]
 
+mod cli_support;
 mod model_support;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use model_support::{Result, fixture, load};
+use ::ringtp::backend::cuda::{Context, DevicePool};
+use cli_support::ringtp;
+use model_support::{Result, batch, fixture, load};
 use ringtp::generate::{Completion, Llm, LlmBuilder, SamplingParams};
 use ringtp::llama::{GroupOptions, StepHook};
 use ringtp::{DType, Error};
@@ -93,6 +96,103 @@ fn a_rank_that_dies_is_named_and_a_rebuilt_model_answers_as_before() -> Result {
     llm.rebuild()?;
     assert_eq!(llm.generate(&prompts(), &params)?, before);
     Ok(())
+}
+
+#[test]
+fn the_command_line_names_devices() {
+    let Some(_driver) = test_driver::take() else {
+        return;
+    };
+    let model = fixture("gqa_8_2");
+    let run = |more: &[&str]| {
+        let common = [
+            "--ids",
+            "1,2,3",
+            "--max-tokens",
+            "4",
+            "--ignore-eos",
+            "--dtype",
+            "f32",
+        ];
+        let args: Vec<_> = common.iter().chain(more).copied().collect();
+        ringtp("generate", &model, &args)
+    };
+    let cpu = run(&["--tp", "2"]);
+    assert_eq!(cpu.code, 0, "{}", cpu.stderr);
+    for more in [
+        &["--devices", "0,1"][..],
+        &["--devices", "1,1"],
+        &["--device", "cuda", "--tp", "2"],
+    ] {
+        let cuda = run(more);
+        assert_eq!(cuda.code, 0, "{more:?}: {}", cuda.stderr);
+        assert_eq!(cuda.stdout, cpu.stdout, "{more:?}");
+    }
+    for (more, words) in [
+        (&["--devices", "0,999"][..], "CUDA device"),
+        (&["--devices", "0", "--tp", "2"], "cannot be used with"),
+        (
+            &["--device", "cuda", "--tp", "2", "--all-reduce", "ring"],
+            "all_reduce",
+        ),
+    ] {
+        let refused = run(more);
+        assert_eq!(refused.code, 2, "{more:?}: {}", refused.stderr);
+        assert!(
+            refused.stderr.contains(words),
+            "{words} in {}",
+            refused.stderr
+        );
+    }
+}
+
+/// Device 1 has no room: an error of the whole group that names it, before anything hangs; with the
+/// memory back, all is well.
+#[test]
+fn a_device_without_memory_is_an_error_of_all_with_the_arithmetic() {
+    if !test_driver::is_virtual() {
+        test_driver::skipped("takes all memory of a device");
+        return;
+    }
+    let this = "a_device_without_memory_is_an_error_of_all_with_the_arithmetic";
+    test_driver::in_a_child_with(this, &[("VGPU_MEMORY", "700000000")], || {
+        let _driver = test_driver::take().expect("a driver");
+        let context = Context::new(1).expect("device 1");
+        let pool = DevicePool::new(&context, 0);
+        // What is left takes the ranks' workspace and weights, and no more than 100 MiB of cache.
+        let free = context.memory().expect("it says").0;
+        let hog = pool.buffer(free - (260 << 20)).expect("that much is free");
+        let on = |num_blocks: Option<usize>| GroupOptions {
+            tp: 2,
+            devices: Some(vec![0, 1]),
+            dtype: Some(DType::F32),
+            num_blocks,
+            ..Default::default()
+        };
+        let refused = |num_blocks, parts: &[&str]| {
+            let error = load("gqa_8_2", on(num_blocks)).expect_err("no room");
+            assert!(matches!(error, Error::OutOfMemory(_)), "{error}");
+            for part in parts {
+                assert!(error.to_string().contains(part), "{part} in {error}");
+            }
+        };
+        // By what is free, before anything is loaded.
+        let arithmetic = [
+            "KV cache on CUDA device 1",
+            "bytes free",
+            "of weights",
+            "max_model_len",
+        ];
+        refused(None, &arithmetic);
+        // So many fit on device 0 alone, and the ranks find out while they load.
+        let found_out = ["KV cache of CUDA device 1", "65536 blocks", "fewer blocks"];
+        refused(Some(1 << 16), &found_out);
+        drop(hog);
+        let mut group = load("gqa_8_2", on(None)).expect("now there is room");
+        group
+            .forward(&batch(&[1, 2, 3], 0, 3, &[0]))
+            .expect("logits");
+    });
 }
 
 #[test]
