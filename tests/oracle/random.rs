@@ -6,6 +6,10 @@ use ringtp::host::HostMatrix;
 
 use super::Rows;
 
+#[allow(
+    clippy::duplicate_mod,
+    reason = "a test may use this and p2p_support, which has it too"
+)]
 #[path = "../random/mod.rs"]
 mod generator;
 pub(crate) use generator::Random;

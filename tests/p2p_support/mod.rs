@@ -4,6 +4,10 @@
 
 pub(crate) mod calls;
 pub(crate) mod faulty;
+#[allow(
+    clippy::duplicate_mod,
+    reason = "a test may use this and the oracle, which has it too"
+)]
 #[path = "../random/mod.rs"]
 pub(crate) mod random;
 
