@@ -73,17 +73,25 @@ pub trait AllReduce: Sync + fmt::Debug {
 /// # Errors
 /// [`CommError::Argument`], which lists the names.
 pub fn by_name(name: &str) -> Result<&'static dyn AllReduce, CommError> {
-    ALL.iter()
-        .copied()
-        .find(|algorithm| algorithm.name() == name)
-        .ok_or_else(|| {
-            let names: Vec<_> = ALL.iter().map(|algorithm| algorithm.name()).collect();
-            CommError::Argument {
-                operation: "all_reduce",
-                problem: format!(
-                    "there is no algorithm {name:?}; name one of {}",
-                    names.join(", ")
-                ),
-            }
-        })
+    named(ALL, |algorithm| algorithm.name(), name, "on the CPU")
+}
+
+/// The one called `name` of `all` that there are `place`.
+pub(crate) fn named<A: ?Sized>(
+    all: &[&'static A],
+    name_of: impl Fn(&A) -> &'static str,
+    name: &str,
+    place: &str,
+) -> Result<&'static A, CommError> {
+    let found = all.iter().find(|algorithm| name_of(algorithm) == name);
+    found.copied().ok_or_else(|| {
+        let names: Vec<_> = all.iter().map(|algorithm| name_of(algorithm)).collect();
+        CommError::Argument {
+            operation: "all_reduce",
+            problem: format!(
+                "there is no algorithm {name:?} {place}; name one of {}",
+                names.join(", ")
+            ),
+        }
+    })
 }

@@ -9,8 +9,9 @@ use std::fmt;
 
 use super::comm::mesh_threads;
 use crate::backend::cuda::{Family, abi};
+use crate::comm::all_reduce::named;
 use crate::comm::cost::Wire;
-use crate::comm::{CommError, Links, Rounding};
+use crate::comm::{self, AllReduce, CommError, Links, Rounding};
 use crate::dtype::DType;
 
 /// Every algorithm of this crate, in the order in which equals are preferred.
@@ -90,26 +91,33 @@ macro_rules! kernels {
     };
 }
 
+/// What holds of an algorithm wherever it runs: as of the CPU's of the same name.
+macro_rules! as_on_the_cpu {
+    ($algorithm:expr) => {
+        fn name(&self) -> &'static str {
+            AllReduce::name(&$algorithm)
+        }
+
+        fn rounding(&self) -> Rounding {
+            AllReduce::rounding(&$algorithm)
+        }
+
+        fn bytes_sent(&self, world_size: usize, bytes: usize) -> usize {
+            AllReduce::bytes_sent(&$algorithm, world_size, bytes)
+        }
+
+        fn hops(&self, world_size: usize) -> usize {
+            AllReduce::hops(&$algorithm, world_size)
+        }
+    };
+}
+
 /// One hop: every rank reads every other's message (`cuda/collective/one_shot.cu`).
 #[derive(Clone, Copy, Debug)]
 pub struct OneShot;
 
 impl DeviceAllReduce for OneShot {
-    fn name(&self) -> &'static str {
-        "one-shot"
-    }
-
-    fn rounding(&self) -> Rounding {
-        Rounding::RankOrder
-    }
-
-    fn bytes_sent(&self, world_size: usize, bytes: usize) -> usize {
-        bytes * (world_size - 1)
-    }
-
-    fn hops(&self, _world_size: usize) -> usize {
-        1
-    }
+    as_on_the_cpu!(comm::OneShot);
 
     fn reach(&self) -> Reach {
         Reach::Mesh
@@ -125,21 +133,7 @@ impl DeviceAllReduce for OneShot {
 pub struct TwoShot;
 
 impl DeviceAllReduce for TwoShot {
-    fn name(&self) -> &'static str {
-        "two-shot"
-    }
-
-    fn rounding(&self) -> Rounding {
-        Rounding::RankOrder
-    }
-
-    fn bytes_sent(&self, world_size: usize, bytes: usize) -> usize {
-        2 * bytes / world_size * (world_size - 1)
-    }
-
-    fn hops(&self, _world_size: usize) -> usize {
-        2
-    }
+    as_on_the_cpu!(comm::TwoShot);
 
     fn reach(&self) -> Reach {
         Reach::Mesh
@@ -165,21 +159,7 @@ impl DeviceAllReduce for TwoShot {
 pub struct Ring;
 
 impl DeviceAllReduce for Ring {
-    fn name(&self) -> &'static str {
-        "ring"
-    }
-
-    fn rounding(&self) -> Rounding {
-        Rounding::PerHop
-    }
-
-    fn bytes_sent(&self, world_size: usize, bytes: usize) -> usize {
-        2 * bytes / world_size * (world_size - 1)
-    }
-
-    fn hops(&self, world_size: usize) -> usize {
-        2 * (world_size - 1)
-    }
+    as_on_the_cpu!(comm::Ring::DEFAULT);
 
     fn reach(&self) -> Reach {
         Reach::Ring
@@ -284,20 +264,7 @@ pub fn choose(links: &Links, wire: Wire, bytes: usize) -> Result<Choice, CommErr
 /// # Errors
 /// [`CommError::Argument`], which lists the names.
 pub fn by_name(name: &str) -> Result<&'static dyn DeviceAllReduce, CommError> {
-    let found = ALL
-        .iter()
-        .copied()
-        .find(|algorithm| algorithm.name() == name);
-    found.ok_or_else(|| {
-        let names: Vec<_> = ALL.iter().map(|algorithm| algorithm.name()).collect();
-        CommError::Argument {
-            operation: "all_reduce",
-            problem: format!(
-                "there is no algorithm {name:?} on devices; name one of {}",
-                names.join(", ")
-            ),
-        }
-    })
+    named(ALL, |algorithm| algorithm.name(), name, "on devices")
 }
 
 #[cfg(test)]
