@@ -7,7 +7,7 @@ mod p2p_support;
 use half::{bf16, f16};
 use p2p_support::calls::{Case, Kind, Wiring, every_kind, run_all};
 use p2p_support::random::Random;
-use p2p_support::{Team, options};
+use p2p_support::{Team, as_for_large_messages, options};
 use ringtp::comm::p2p::P2pOptions;
 use ringtp::dtype::Element;
 use test_driver::in_a_child_with;
@@ -55,6 +55,26 @@ fn every_collective_of_bf16_has_the_bits_of_the_cpu_ranks_on_2_and_5_ranks() {
 #[test]
 fn every_collective_of_f16_has_the_bits_of_the_cpu_ranks_on_3_and_6_ranks() {
     on_ranks::<f16>(vec![3, 6]);
+}
+
+/// Of large messages each rank reads a part from the root and the rest from the others.
+#[test]
+fn a_broadcast_in_parts_has_the_bits_of_any_root_on_2_to_8_ranks() {
+    let Some(_driver) = test_driver::take() else {
+        return;
+    };
+    for n in 2..=8 {
+        let mut team = Team::of(n, as_for_large_messages());
+        let wiring = Wiring::of(&team.group);
+        let mut random = Random::new(n as u64);
+        let cases: Vec<_> = [0, 1, 17, 1040, 13456, 40330]
+            .map(|bytes| {
+                let kind = Kind::Broadcast(random.below(n));
+                Case::<bf16>::new(&mut random, &wiring, kind, bytes / 2, true)
+            })
+            .into();
+        run_all(&mut team, &cases, &format!("{n} ranks"));
+    }
 }
 
 #[test]
@@ -106,7 +126,7 @@ fn hundreds_of_mixed_calls_back_to_back_keep_their_staging_buffers_apart() {
     let Some(_driver) = test_driver::take() else {
         return;
     };
-    let mut team = Team::of(3, options());
+    let mut team = Team::of(3, as_for_large_messages());
     let wiring = Wiring::of(&team.group);
     let mut random = Random::new(17);
     for round in 0..3 {
@@ -134,7 +154,7 @@ fn epochs_wrap_in_every_collective() {
     let mut random = Random::new(23);
     for before in [2, 4, 20, 60] {
         // A new one: epochs never go back.
-        let mut team = Team::of(3, options());
+        let mut team = Team::of(3, as_for_large_messages());
         let wiring = Wiring::of(&team.group);
         team.group.set_epoch((1 << 40) - before).expect("an epoch");
         let cases = every_kind::<f32>(&mut random, &wiring, &[16, 26896]);

@@ -6,7 +6,7 @@ mod p2p_support;
 
 use p2p_support::calls::{Buffers, Case, Kind, Wiring, call_all, check_all, every_kind, run_all};
 use p2p_support::random::Random;
-use p2p_support::{Team, impatient, options};
+use p2p_support::{Team, as_for_large_messages, impatient, options};
 use ringtp::backend::cuda::Graph;
 use ringtp::comm::CommError;
 use ringtp::comm::p2p::{OneShot, TwoShot};
@@ -71,7 +71,7 @@ fn every_collective_is_right_at_every_replay_also_between_other_calls_and_after_
     let Some(_driver) = test_driver::take() else {
         return;
     };
-    let mut team = Team::of(3, options());
+    let mut team = Team::of(3, as_for_large_messages());
     let wiring = Wiring::of(&team.group);
     let mut random = Random::new(1);
     let recorded = every_kind::<f32>(&mut random, &wiring, &[17, 13456]);

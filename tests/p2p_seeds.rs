@@ -10,7 +10,7 @@ mod p2p_support;
 
 use p2p_support::calls::{Buffers, Wiring, call_all, check_all, every_kind};
 use p2p_support::random::Random;
-use p2p_support::{Team, options};
+use p2p_support::{Team, as_for_large_messages, options};
 use test_driver::in_a_child_with;
 
 /// Seeds of each setting, for each number of ranks.
@@ -24,8 +24,9 @@ fn explore(this: &str, settings: &[(&str, &str)]) {
         let Some(driver) = test_driver::take() else {
             return;
         };
-        for n in [2, 3] {
-            let mut team = Team::of(n, options());
+        // Broadcasts in one hop, and in parts.
+        for (n, options) in [(2, options()), (3, as_for_large_messages())] {
+            let mut team = Team::of(n, options);
             let wiring = Wiring::of(&team.group);
             let mut random = Random::new(n as u64);
             // One that fits into a pass, and one that takes two.

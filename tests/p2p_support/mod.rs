@@ -18,6 +18,7 @@ use std::time::Duration;
 use ringtp::DType;
 use ringtp::backend::cuda::{DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut};
 use ringtp::comm::CommError;
+use ringtp::comm::cost::Wire;
 use ringtp::comm::p2p::{P2pComm, P2pGroup, P2pOptions};
 use ringtp::dtype::Element;
 
@@ -33,6 +34,18 @@ pub(crate) const SHORT: Duration = Duration::from_millis(20);
 pub(crate) fn impatient() -> P2pOptions {
     P2pOptions {
         deadline: SHORT,
+        ..options()
+    }
+}
+
+/// Options for tests by which the cost model has large messages in mind, whatever their size: hops
+/// are free.
+pub(crate) fn as_for_large_messages() -> P2pOptions {
+    P2pOptions {
+        wire: Some(Wire {
+            alpha_us: 0.0,
+            bandwidth: 1e9,
+        }),
         ..options()
     }
 }

@@ -41,6 +41,8 @@ pub struct P2pOptions {
     pub probe: Option<Duration>,
     /// Most blocks of a collective, up to [`MAX_BLOCKS`].
     pub blocks: u32,
+    /// What the links cost, for the choice of algorithms; by their kind if `None`.
+    pub wire: Option<Wire>,
     /// All-reduce algorithms from outside the crate, so that their kernels are loaded before
     /// anything runs.
     pub algorithms: Vec<&'static dyn DeviceAllReduce>,
@@ -55,6 +57,7 @@ impl Default for P2pOptions {
             staging_bytes: 4 << 20,
             probe: Some(Duration::from_secs(2)),
             blocks: MAX_BLOCKS,
+            wire: None,
             algorithms: Vec::new(),
         }
     }
@@ -181,7 +184,7 @@ impl P2pGroup {
             arenas,
             extra,
             ring,
-            wire: Wire::of(&links, capability),
+            wire: options.wire.unwrap_or_else(|| Wire::of(&links, capability)),
             links,
             blocks,
             verdict: Mutex::new(None),
