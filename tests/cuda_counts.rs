@@ -7,7 +7,6 @@
 
 mod cuda_support;
 mod model_support;
-mod oracle;
 mod p2p_support;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,10 +16,11 @@ use std::sync::Barrier;
 
 use cuda_support::{Gpu, Operand};
 use model_support::{Result, batch, open, some_ids};
-use oracle::random::{Random, round};
 use ringtp::DType;
 use ringtp::backend::Backend;
-use ringtp::backend::cuda::{self, CudaBackend, GEMM_FEW_ROWS, GemmEpilogue, RowLayout};
+use ringtp::backend::cuda::{
+    self, CudaBackend, DeviceBuffer, GEMM_FEW_ROWS, GemmEpilogue, RowLayout,
+};
 use ringtp::layers::Rank;
 use ringtp::llama::{LoadOptions, Model, SampleRow, select};
 use test_driver::Taken;
@@ -176,23 +176,113 @@ fn launches_and_bytes_of_a_decode_step_are_as_recorded() -> Result {
     Ok(())
 }
 
+/// What an operation says it costs at the least is what it reads and writes, each byte once.
+#[test]
+fn declared_bytes_are_those_that_are_touched() {
+    let Some(gpu) = Gpu::take() else { return };
+    if !test_driver::is_virtual() {
+        test_driver::skipped("a real device does not count");
+        return;
+    }
+    let (kernels, stream) = (&gpu.kernels, &gpu.stream);
+    let distinct = |buffers: &[&DeviceBuffer]| -> u64 {
+        let both = |buffer: &&DeviceBuffer| {
+            let touched = gpu.driver.touched(buffer.address(), buffer.len() as u64);
+            touched.read_distinct + touched.written_distinct
+        };
+        buffers.iter().map(both).sum()
+    };
+    for rows in [2, 9] {
+        let (cols, depth) = (36, 264);
+        let dense = |rows, cols| RowLayout::contiguous(DType::Bf16, rows, cols);
+        let operand = |rows: usize, cols: usize| {
+            Operand::new(&gpu, dense(rows, cols), 0, Some(&vec![1.0; rows * cols]))
+        };
+        let (x, w, mut out) = (
+            operand(rows, depth),
+            operand(cols, depth),
+            operand(rows, cols),
+        );
+        assert!(gpu.driver.count());
+        let (from, to) = (x.rows(), out.rows_mut());
+        cuda::gemm(kernels, stream, from, w.rows(), GemmEpilogue::default(), to)
+            .expect("a product");
+        stream.synchronize().expect("it ran");
+        let work = cuda::gemm_work(&x.layout, &w.layout, &out.layout);
+        assert_eq!(
+            distinct(&[&x.buffer, &w.buffer, &out.buffer]),
+            work.bytes,
+            "a product"
+        );
+
+        let (mut residual, mut normed) = (operand(rows, depth), operand(rows, depth));
+        let weight = gpu
+            .pool
+            .upload(&vec![1.0_f32; depth], stream)
+            .expect("an upload");
+        assert!(gpu.driver.count());
+        cuda::rms_norm(
+            kernels,
+            stream,
+            x.rows(),
+            weight.as_ref(),
+            1e-5,
+            normed.rows_mut(),
+        )
+        .expect("a norm");
+        stream.synchronize().expect("it ran");
+        let work = cuda::rms_norm_work(&x.layout, false);
+        assert_eq!(
+            distinct(&[&x.buffer, &normed.buffer, &weight]),
+            work.bytes,
+            "a norm"
+        );
+        assert!(gpu.driver.count());
+        let to = residual.rows_mut();
+        let out = normed.rows_mut();
+        cuda::add_rms_norm(
+            kernels,
+            stream,
+            x.rows(),
+            None,
+            to,
+            weight.as_ref(),
+            1e-5,
+            out,
+        )
+        .expect("a sum and a norm");
+        stream.synchronize().expect("it ran");
+        let work = cuda::rms_norm_work(&x.layout, true);
+        let all = [&x.buffer, &residual.buffer, &normed.buffer, &weight];
+        assert_eq!(distinct(&all), work.bytes, "a sum and a norm");
+
+        // Rows that are all different.
+        let ids: Vec<u32> = (0..rows as u32).rev().collect();
+        let ids = gpu.pool.upload(&ids, stream).expect("an upload");
+        assert!(gpu.driver.count());
+        let to = normed.rows_mut();
+        cuda::gather_rows(kernels, stream, w.rows(), Some(ids.as_ref()), 0, to).expect("a gather");
+        stream.synchronize().expect("it ran");
+        let work = cuda::gather_rows_work(&normed.layout);
+        assert_eq!(
+            distinct(&[&w.buffer, &normed.buffer, &ids]),
+            work.bytes,
+            "a gather"
+        );
+    }
+    gpu.driver.report();
+}
+
 /// In every type and for every number of few rows.
 #[test]
 fn a_product_of_few_rows_reads_each_weight_once() {
     let Some(gpu) = Gpu::take() else { return };
-    let mut random = Random::new(1);
     for dtype in DType::ALL {
         for rows in 1..=GEMM_FEW_ROWS {
             let (cols, depth) = (37, 264);
-            let mut operand = |rows, cols| {
-                let values: Vec<f32> = random.values(rows * cols);
-                let values: Vec<f32> = values.iter().map(|&v| round(v, dtype)).collect();
-                Operand::new(
-                    &gpu,
-                    RowLayout::contiguous(dtype, rows, cols),
-                    0,
-                    Some(&values),
-                )
+            let operand = |rows: usize, cols: usize| {
+                let layout = RowLayout::contiguous(dtype, rows, cols);
+                Operand::new(&gpu, layout, 0, Some(&vec![0.5; rows * cols]))
             };
             let (x, w) = (operand(rows, depth), operand(cols, depth));
             let mut out = operand(rows, cols);

@@ -3,7 +3,7 @@
 //! f16 the error is at most twice that of transformers in that type.
 //!
 //! CI takes some of the fixtures; `RINGTP_ALL_FIXTURES=1` takes all of them, at every number of
-//! ranks that is valid.
+//! ranks that is valid; a list such as `bf16,sharded` takes these.
 #![cfg(feature = "cuda")]
 
 mod model_support;
@@ -43,8 +43,13 @@ const RANKS: [usize; 6] = [1, 2, 3, 4, 6, 8];
 const STEPS: usize = 4;
 const BLOCK_SIZE: usize = 16;
 
+/// What `RINGTP_ALL_FIXTURES` says.
+fn wanted() -> Option<String> {
+    std::env::var("RINGTP_ALL_FIXTURES").ok()
+}
+
 fn everything() -> bool {
-    std::env::var_os("RINGTP_ALL_FIXTURES").is_some()
+    wanted().is_some()
 }
 
 /// Logits of all rows of the prompt, and the greedy continuation.
@@ -174,16 +179,17 @@ fn range(logits: &[f32]) -> f32 {
 
 /// What to run: a selection, or everything.
 fn selection() -> Result<Vec<(String, Vec<usize>)>> {
-    if !everything() {
+    let Some(wanted) = wanted() else {
         let selected = SELECTION.iter();
         return Ok(selected
             .map(|(name, ranks)| (name.to_string(), ranks.to_vec()))
             .collect());
-    }
+    };
     let mut all = Vec::new();
     for entry in fs::read_dir(fixture("gqa_8_2").join(".."))? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        if !fixture(&name).join("golden.safetensors").is_file() {
+        let named = wanted == "1" || wanted.split(',').any(|wanted| wanted == name);
+        if !named || !fixture(&name).join("golden.safetensors").is_file() {
             continue;
         }
         let valid = open(&name)?.config().dims.valid_tp();
@@ -192,6 +198,10 @@ fn selection() -> Result<Vec<(String, Vec<usize>)>> {
             RANKS.into_iter().filter(|tp| valid.contains(tp)).collect(),
         ));
     }
+    assert!(
+        !all.is_empty(),
+        "RINGTP_ALL_FIXTURES: no fixture is {wanted}"
+    );
     all.sort();
     Ok(all)
 }

@@ -83,7 +83,7 @@ pub use kv::{CudaKvPages, KvLayer, KvLayerMut};
 pub use launch::Launch;
 pub use memory::{BUFFER_ALIGN, DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut};
 pub use module::{Family, Function, FunctionAttributes, Kernels, fatbins};
-pub use norm::{add_rms_norm, rms_norm};
+pub use norm::{add_rms_norm, rms_norm, rms_norm_work};
 pub use pinned::Pinned;
 pub use plan::{CudaPlan, SPLIT_ROWS};
 pub use rope::{rope_append, rope_append_work};

@@ -3,8 +3,8 @@
 use super::abi::{self, NormParams};
 use super::launch::Launch;
 use super::module::{Family, Kernels};
-use super::view::{Rows, RowsMut, check_vector, count};
-use super::{DeviceSlice, Stream};
+use super::view::{RowLayout, Rows, RowsMut, check_vector, count};
+use super::{DeviceSlice, Stream, Work};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -85,6 +85,18 @@ pub fn add_rms_norm(
         eps,
         out,
     )
+}
+
+/// The floor of [`rms_norm`] of rows that lie so; with `adds`, of [`add_rms_norm`] without a bias:
+/// each input read once and each output written once, weights once for all rows.
+pub fn rms_norm_work(x: &RowLayout, adds: bool) -> Work {
+    let (elements, weights) = ((x.rows * x.cols) as u64, 4 * x.cols as u64);
+    Work {
+        // The residual is read and written.
+        bytes: x.payload() * if adds { 4 } else { 2 } + weights,
+        // A square and its sum, two products, and the sum before.
+        flops: elements * if adds { 5 } else { 4 },
+    }
 }
 
 #[expect(clippy::too_many_arguments, reason = "the operands of one operation")]
