@@ -12,7 +12,8 @@ mod p2p_support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
-use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use cuda_support::{Gpu, Operand};
 use model_support::{Result, batch, open, some_ids};
@@ -26,6 +27,27 @@ use ringtp::llama::{LoadOptions, Model, SampleRow, select};
 use test_driver::Taken;
 use test_driver::report::{Report, Touched};
 
+/// A barrier that does not wait for ever for who has panicked.
+struct Meeting {
+    parties: usize,
+    arrived: AtomicUsize,
+}
+
+impl Meeting {
+    fn wait(&self) {
+        let mine = self.arrived.fetch_add(1, Ordering::SeqCst) + 1;
+        let all = mine.next_multiple_of(self.parties);
+        let begin = Instant::now();
+        while self.arrived.load(Ordering::SeqCst) < all {
+            assert!(
+                begin.elapsed() < Duration::from_secs(120),
+                "somebody is missing"
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
 /// Counts what `ranks` ranks do in one decode step of a fixture: a row of one sequence at
 /// `position`, and the choice of its token.
 fn decode_step(
@@ -38,13 +60,22 @@ fn decode_step(
     let checkpoint = open(name)?;
     let vocab = checkpoint.config().dims.vocab_size;
     let (_group, comms) = p2p_support::group(ranks, p2p_support::options());
-    // What comes before the step is not counted.
-    let (ready, counting) = (Barrier::new(ranks + 1), Barrier::new(ranks + 1));
+    // What comes before the step and after it is not counted: the ranks wait for each other, and
+    // for who counts, between these.
+    let meet = Meeting {
+        parties: ranks + 1,
+        arrived: AtomicUsize::new(0),
+    };
     let report = std::thread::scope(|scope| {
         let counted = scope.spawn(|| {
-            ready.wait();
+            meet.wait();
             assert!(driver.count(), "on the virtual GPU");
-            counting.wait();
+            meet.wait();
+            // The step.
+            meet.wait();
+            let report = driver.report();
+            meet.wait();
+            report
         });
         p2p_support::run(comms, |rank| {
             let stream = rank.comm.stream().clone();
@@ -68,11 +99,13 @@ fn decode_step(
                 rank.backend.synchronize().expect("a step");
             };
             step(0, position);
-            ready.wait();
-            counting.wait();
+            meet.wait();
+            meet.wait();
             step(position, position + 1);
+            meet.wait();
+            meet.wait();
         });
-        counted.join().map(|()| driver.report())
+        counted.join()
     });
     report.map_err(|_| "counting failed".into())
 }
