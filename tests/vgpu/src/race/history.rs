@@ -172,7 +172,75 @@ struct Last {
 /// The histories of a stretch of memory, by word.
 #[derive(Debug, Default)]
 pub struct Flags {
-    words: FxHashMap<u32, History>,
+    words: Words,
+}
+
+/// Words at the beginning of a stretch of memory that have places of their own. Blocks count in
+/// shared memory, of which there is not more than a few times that.
+const PLACES: u32 = 1 << 12;
+
+/// Histories by word: the first words in a table, for it is quicker than any hash.
+#[derive(Debug, Default)]
+struct Words {
+    table: Vec<Option<History>>,
+    in_table: usize,
+    rest: FxHashMap<u32, History>,
+}
+
+impl Words {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.in_table + self.rest.len()
+    }
+
+    #[inline(always)]
+    fn get_mut(&mut self, word: u32) -> Option<&mut History> {
+        if word < PLACES {
+            self.table.get_mut(word as usize)?.as_mut()
+        } else {
+            self.rest.get_mut(&word)
+        }
+    }
+
+    fn get(&self, word: u32) -> Option<&History> {
+        if word < PLACES {
+            self.table.get(word as usize)?.as_ref()
+        } else {
+            self.rest.get(&word)
+        }
+    }
+
+    fn insert(&mut self, word: u32, history: History) {
+        if word >= PLACES {
+            self.rest.insert(word, history);
+            return;
+        }
+        let at = word as usize;
+        if at >= self.table.len() {
+            self.table
+                .resize_with((at + 1).next_power_of_two(), || None);
+        }
+        let before = self.table[at].replace(history);
+        self.in_table += usize::from(before.is_none());
+    }
+
+    fn remove(&mut self, word: u32) {
+        if word >= PLACES {
+            self.rest.remove(&word);
+        } else if let Some(place) = self.table.get_mut(word as usize) {
+            self.in_table -= usize::from(place.take().is_some());
+        }
+    }
+
+    fn remove_all(&mut self, words: std::ops::Range<u32>) {
+        if words.len() > self.len() {
+            let end = words.end.min(self.table.len() as u32);
+            (words.start..end).for_each(|word| self.remove(word));
+            self.rest.retain(|word, _| !words.contains(word));
+        } else {
+            words.for_each(|word| self.remove(word));
+        }
+    }
 }
 
 /// A strong access of one lane to a scalar.
@@ -253,22 +321,22 @@ impl Flags {
     /// Whether no word has a history.
     #[inline(always)]
     pub fn is_empty(&self) -> bool {
-        self.words.is_empty()
+        self.words.len() == 0
     }
 
     /// Forgets the histories that an access of this place and size touches in part only: it is
     /// not morally strong with theirs, and sees what is in memory.
     fn drop_others(&mut self, offset: u32, bytes: u32) {
-        if self.words.is_empty() {
+        if self.words.len() == 0 {
             return;
         }
         let word = offset / 4;
         if bytes == 8 {
-            self.words.remove(&(word + 1));
-        } else if word % 2 == 1 && self.words.get(&(word - 1)).is_some_and(|h| h.bytes == 8) {
-            self.words.remove(&(word - 1));
+            self.words.remove(word + 1);
+        } else if word % 2 == 1 && self.words.get(word - 1).is_some_and(|h| h.bytes == 8) {
+            self.words.remove(word - 1);
         }
-        self.words.remove(&word);
+        self.words.remove(word);
     }
 
     /// Somebody wrote these bytes weakly, or in a way that orders everything: no older value
@@ -277,16 +345,10 @@ impl Flags {
         let first = from / 4;
         let last = to.div_ceil(4);
         let before = first.wrapping_sub(1);
-        if first % 2 == 1 && self.words.get(&before).is_some_and(|h| h.bytes == 8) {
-            self.words.remove(&before);
+        if first % 2 == 1 && self.words.get(before).is_some_and(|h| h.bytes == 8) {
+            self.words.remove(before);
         }
-        if ((last - first) as usize) <= self.words.len() {
-            for word in first..last {
-                self.words.remove(&word);
-            }
-        } else {
-            self.words.retain(|word, _| !(first..last).contains(word));
-        }
+        self.words.remove_all(first..last);
     }
 
     /// A stream wrote these bytes in its order: a flag that releases all before it in the stream.
@@ -322,7 +384,7 @@ impl Flags {
         notes.strong |= 1 << agent.warp;
         let FlagAccess { offset, bytes, .. } = access;
         let same = |h: &&mut History| (u32::from(h.at), u32::from(h.bytes)) == (offset % 4, bytes);
-        let Some(history) = self.words.get_mut(&(offset / 4)).filter(same) else {
+        let Some(history) = self.words.get_mut(offset / 4).filter(same) else {
             // No two histories overlap: this one's place is made here or never.
             self.drop_others(offset, bytes);
             self.begin(race, agent, notes, &access);
@@ -374,7 +436,7 @@ impl Flags {
     ) -> bool {
         let CountAccess { offset, bytes, .. } = *access;
         let same = |h: &&mut History| (u32::from(h.at), u32::from(h.bytes)) == (offset % 4, bytes);
-        let Some(history) = self.words.get_mut(&(offset / 4)).filter(same) else {
+        let Some(history) = self.words.get_mut(offset / 4).filter(same) else {
             return false;
         };
         let Some(before) = history.last else {
