@@ -80,7 +80,7 @@ pub struct Shadow {
     split: FxHashMap<u32, [(u64, u32); 4]>,
 }
 
-/// Zeros, or nothing: too large to remember is too large to check.
+/// Zeros, or nothing: too large to remember, in part or whole, is too large to check.
 fn zeros<T: Zeroable>(n: usize) -> Box<[T]> {
     bytemuck::allocation::try_zeroed_slice_box(n).unwrap_or_default()
 }
@@ -89,9 +89,13 @@ impl Shadow {
     /// For so many bytes that anybody may access.
     pub fn new(bytes: usize) -> Self {
         let words = bytes.div_ceil(4);
+        let (cells, reads) = (zeros::<Cell>(words), zeros::<Last>(words));
+        if cells.len() != reads.len() {
+            return Self::default();
+        }
         Self {
-            cells: zeros(words),
-            reads: Reads::Any(zeros(words)),
+            cells,
+            reads: Reads::Any(reads),
             split: FxHashMap::default(),
         }
     }
