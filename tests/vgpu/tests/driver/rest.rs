@@ -264,7 +264,8 @@ const GO_ON: [(&str, Prepare, Call); 12] = [
 #[test]
 fn who_relies_on_these_waiting_races() {
     passes(here!(), &[], |cuda| {
-        let calls: [(&str, fn(&Spinning)); 3] = [
+        type Waiting = fn(&Spinning);
+        let calls: [(&str, Waiting); 3] = [
             ("cuMemAlloc", |s: &Spinning| {
                 cu!(s.cuda, cuMemAlloc_v2(&mut 0u64, 64u64));
             }),
