@@ -179,6 +179,21 @@ impl Taken {
         }
     }
 
+    /// Starts the virtual GPU's choices anew: the order of turns, the kind of schedule, a slow
+    /// device or link among the first `devices`, and which old values are read. Nothing may be in
+    /// progress. Does nothing on a real driver.
+    pub fn explore(&self, seed: u64, devices: u32) {
+        let Some(explore) = extra(c"vgpuExplore") else {
+            return;
+        };
+        type Explore = unsafe extern "C" fn(u64, u32) -> u32;
+        // SAFETY: the virtual GPU exports this name with this type.
+        let explore = unsafe { std::mem::transmute::<*mut c_void, Explore>(explore) };
+        // SAFETY: takes two numbers.
+        let code = unsafe { explore(seed, devices) };
+        assert_eq!(code, 0, "vgpuExplore, with seed {seed}");
+    }
+
     /// Whether the driver has `wanted` devices, given how many there are; prints SKIPPED if not.
     pub fn has_devices(&self, wanted: usize, there: usize) -> bool {
         if there < wanted {

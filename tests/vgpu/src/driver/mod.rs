@@ -552,6 +552,15 @@ api! {
         Ok(())
     }
 
+    fn vgpuExplore(seed: u64, devices: u32) |driver| {
+        if !driver.machine.is_quiet() {
+            explain("vgpuExplore", "the devices have work to do");
+            return Err(Status::NOT_READY);
+        }
+        driver.machine.explore(seed, devices);
+        Ok(())
+    }
+
     fn vgpuIsReplayable(replayable: Out<i32>) |driver| {
         replayable.set(driver.actors.is_replayable().into())
     }

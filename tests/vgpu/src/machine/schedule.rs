@@ -128,6 +128,11 @@ impl Machine {
         self.world.memory.race.set_seed(seed);
     }
 
+    /// How to choose from the next seed on.
+    pub(super) fn set_schedule(&mut self, schedule: Schedule) {
+        self.scheduler.schedule = schedule;
+    }
+
     /// The priority of a new warp.
     pub(super) fn first_priority(&mut self) -> u64 {
         match self.scheduler.schedule {

@@ -22,6 +22,7 @@
 use std::fmt;
 
 use super::space::Allocation;
+use crate::machine::Slow;
 
 /// Most devices of a machine.
 pub const MAX_DEVICES: u32 = 16;
@@ -370,6 +371,21 @@ impl Links {
     /// Whether a device has died.
     pub fn is_dead(&self, device: u32) -> bool {
         self.dead >> device & 1 != 0
+    }
+
+    /// Makes this slow, and nothing else.
+    pub fn set_slow(&mut self, slow: Option<Slow>) {
+        self.slow = 0;
+        self.links.iter_mut().for_each(|link| link.slow = false);
+        match slow {
+            Some(Slow::Device(device)) if device < self.devices => self.slow = 1 << device,
+            Some(Slow::Link(from, to)) if from.max(to) < self.devices => {
+                let at = self.at(from, to);
+                self.links[at].slow = true;
+            }
+            _ => {}
+        }
+        self.refresh();
     }
 
     /// The slow devices, as bits.

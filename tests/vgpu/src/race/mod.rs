@@ -266,6 +266,11 @@ impl Race {
         self.random = first_random(seed);
     }
 
+    /// Chooses among old values so from now on.
+    pub fn set_stale(&mut self, stale: Stale) {
+        self.stale = stale;
+    }
+
     /// xorshift64*: which of several values a load returns.
     fn random(&mut self) -> u64 {
         self.random ^= self.random >> 12;

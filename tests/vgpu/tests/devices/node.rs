@@ -5,11 +5,11 @@ use std::sync::{Arc, LazyLock};
 
 use vgpu::finding::{Fault, Finding};
 use vgpu::machine::{
-    Command, Config, EventId, Launch, Machine, Progress, Schedule, StreamId, World,
+    Command, Config, EventId, Exploration, Launch, Machine, Progress, StreamId, World,
 };
 use vgpu::memory::Memory;
 use vgpu::program::Kernel;
-use vgpu::race::{LaunchClock, Stale};
+use vgpu::race::LaunchClock;
 
 use crate::compile::ptx;
 
@@ -30,22 +30,7 @@ pub(crate) static MUTANTS: LazyLock<Kernels> = LazyLock::new(|| kernels("mutants
 /// A configuration for a seed: the seeds go through schedules, slow devices and links, and the
 /// ways of reading old values.
 pub(crate) fn explore(devices: u32, seed: u64) -> Config {
-    let slow = match seed % 5 {
-        3 => format!("slow:{}", seed / 5 % u64::from(devices)),
-        4 if devices > 1 => format!("slow:{}>{}", seed / 5 % 2, 1 - seed / 5 % 2),
-        _ => String::new(),
-    };
-    Config {
-        devices,
-        seed,
-        schedule: match seed % 3 {
-            1 => Schedule::Pct(3),
-            _ => Schedule::Random,
-        },
-        topology: slow.parse().expect("a topology"),
-        stale: [Stale::Newest, Stale::Random, Stale::Oldest][(seed / 3 % 3) as usize],
-        ..Config::default()
-    }
+    Exploration::config(seed, devices)
 }
 
 /// A machine whose devices all have peer access, with a stream for each rank.
