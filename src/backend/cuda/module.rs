@@ -287,6 +287,26 @@ impl Kernels {
         })
     }
 
+    /// The same with other code for one family, as [`from_image`](Self::from_image) loads it: a
+    /// variant of the crate's own kernels to try, or more of one's own.
+    ///
+    /// # Safety
+    /// As for [`from_image`](Self::from_image); and launchers may use the kernels under these
+    /// names: they take the same parameters and do the same.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub unsafe fn with_image(&self, family: Family, image: &[u8]) -> Result<Self> {
+        // SAFETY: the caller vouches for the image.
+        let other = unsafe { Self::from_image(&self.context, family, image)? };
+        let mut functions = BTreeMap::clone(&self.functions);
+        functions.extend(other.functions.iter().map(|(&name, f)| (name, f.clone())));
+        Ok(Self {
+            functions: Arc::new(functions),
+            context: self.context.clone(),
+        })
+    }
+
     /// The context they are loaded in.
     pub fn context(&self) -> &Context {
         &self.context

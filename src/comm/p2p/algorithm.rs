@@ -29,10 +29,21 @@ pub enum Reach {
 /// The code of an algorithm from outside the crate.
 #[derive(Clone, Copy, Debug)]
 pub struct Image {
-    /// The names of its kernels.
-    pub family: Family,
-    /// A fatbin, or PTX that ends in zero.
-    pub bytes: &'static [u8],
+    pub(super) family: Family,
+    pub(super) bytes: &'static [u8],
+}
+
+impl Image {
+    /// The kernels of `family` are in `bytes`: a fatbin, or PTX that ends in zero.
+    ///
+    /// # Safety
+    /// `bytes` is complete. Each kernel takes a `CollectiveArgs` and keeps to the protocol of
+    /// `cuda/collective/collective.cuh`: it reads `input` and writes `output` within `elements`,
+    /// with the threads and blocks that its [`DeviceAllReduce`] says, and touches of its peers only
+    /// what they have told it to.
+    pub const unsafe fn new(family: Family, bytes: &'static [u8]) -> Self {
+        Self { family, bytes }
+    }
 }
 
 /// A way to sum a message over all ranks by one kernel that takes `CollectiveArgs`.

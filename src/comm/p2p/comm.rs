@@ -78,6 +78,13 @@ impl P2pComm {
         &self.shared.streams[self.rank]
     }
 
+    /// Where this rank's kernels say why they gave up, for devices: for tests that watch it as the
+    /// host does.
+    #[doc(hidden)]
+    pub fn record_address(&self) -> u64 {
+        self.shared.device(self.rank).record_address()
+    }
+
     /// Calls and bytes sent so far, as the table of algorithms counts them. The time is not known
     /// here: the calls do not wait.
     pub fn stats(&self) -> CommStats {
@@ -139,7 +146,8 @@ impl P2pComm {
         // What a rank alone does to its message is the same by all of them.
         let algorithm = if world_size == 1 { &OneShot } else { algorithm };
         let packs = (input.len() as u64).div_ceil(PACK);
-        let threads = algorithm.threads(world_size, packs);
+        let most = self.shared.options.threads;
+        let threads = algorithm.threads(world_size, packs).min(most);
         let direct = algorithm.reads_inputs()
             && input.address().is_multiple_of(PACK)
             && (input.len() as u64).is_multiple_of(PACK)
@@ -189,7 +197,7 @@ impl P2pComm {
         } else {
             "ring_reduce_scatter"
         };
-        let (threads, blocks) = shape(mesh, (longest as u64).div_ceil(PACK));
+        let (threads, blocks) = self.shape(mesh, (longest as u64).div_ceil(PACK));
         self.put(Plan {
             call: call(OPERATION, dtype.name(), input.len(), None),
             kernel: &format!("{name}_{dtype}"),
@@ -247,7 +255,7 @@ impl P2pComm {
             return self.ring_gather_columns(dtype, rows, widths, input, out);
         }
         let longest = widths.iter().copied().max().unwrap_or(0);
-        let (threads, blocks) = shape(true, (bytes(longest) as u64).div_ceil(PACK));
+        let (threads, blocks) = self.shape(true, (bytes(longest) as u64).div_ceil(PACK));
         self.put(Plan {
             call: call(OPERATION, dtype.name(), out.len(), None),
             kernel: bits(dtype, "all_gather_b16", "all_gather_b32"),
@@ -296,7 +304,7 @@ impl P2pComm {
             let flat: Vec<usize> = widths.iter().map(|width| width * rows_now).collect();
             let longest = flat.iter().copied().max().unwrap_or(0) * size;
             let gathered = if rows == 1 { to } else { staging };
-            let (threads, blocks) = shape(false, (longest as u64).div_ceil(PACK));
+            let (threads, blocks) = self.shape(false, (longest as u64).div_ceil(PACK));
             self.put(Plan {
                 call: call("all_gather", dtype.name(), out.len(), None),
                 kernel: bits(dtype, "ring_all_gather_b16", "ring_all_gather_b32"),
@@ -308,7 +316,7 @@ impl P2pComm {
             })?;
             if rows > 1 {
                 let packs = ((total * rows_now * size) as u64).div_ceil(PACK);
-                let (threads, blocks) = shape(true, packs);
+                let (threads, blocks) = self.shape(true, packs);
                 let kernel = bits(dtype, "place_columns_b16", "place_columns_b32");
                 let args = gather_args(gathered, to, rows_now, widths);
                 self.launch(kernel, None, blocks, threads, args)?;
@@ -345,7 +353,7 @@ impl P2pComm {
             // An all-gather to which the others bring nothing.
             let mut widths = vec![0; world_size];
             widths[root] = elements as usize;
-            let (threads, blocks) = shape(false, packs);
+            let (threads, blocks) = self.shape(false, packs);
             return self.put(Plan {
                 call,
                 kernel: bits(dtype, "ring_all_gather_b16", "ring_all_gather_b32"),
@@ -366,7 +374,7 @@ impl P2pComm {
         let readers = world_size - 1;
         let in_parts =
             readers > 1 && wire.time_us(2, data.len()) < wire.time_us(1, readers * data.len());
-        let (threads, blocks) = shape(true, packs);
+        let (threads, blocks) = self.shape(true, packs);
         self.put(Plan {
             call,
             kernel: if in_parts {
@@ -555,6 +563,18 @@ impl P2pComm {
         .into())
     }
 
+    /// Threads and blocks for a message of `packs`, by the mesh or around the ring.
+    fn shape(&self, mesh: bool, packs: u64) -> (u32, u64) {
+        let most = self.shared.options.threads;
+        if mesh {
+            let threads = mesh_threads(packs).min(most);
+            (threads, packs.div_ceil(threads.into()))
+        } else {
+            let message = u64::from(abi::kRingMessageBytes) / PACK;
+            (most, packs.div_ceil(message))
+        }
+    }
+
     /// Puts a collective into the stream.
     fn put(&mut self, plan: Plan<'_>) -> Result<()> {
         self.enter()?;
@@ -627,17 +647,6 @@ impl Drop for P2pComm {
         } else if let Err(error) = self.launch("leave", None, 1, 32, Default::default()) {
             tracing::warn!(rank = self.rank, %error, "while leaving a group");
         }
-    }
-}
-
-/// Threads and blocks for a message of `packs`, by the mesh or around the ring.
-fn shape(mesh: bool, packs: u64) -> (u32, u64) {
-    if mesh {
-        let threads = mesh_threads(packs);
-        (threads, packs.div_ceil(threads.into()))
-    } else {
-        let message = u64::from(abi::kRingMessageBytes) / PACK;
-        (abi::kCollectiveThreads, packs.div_ceil(message))
     }
 }
 

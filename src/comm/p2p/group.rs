@@ -43,13 +43,22 @@ pub struct P2pOptions {
     pub blocks: u32,
     /// What the links cost, for the choice of algorithms; by their kind if `None`.
     pub wire: Option<Wire>,
+    /// Most threads of a block, rounded to whole warps: from 64 to 512. With fewer, a message of a
+    /// given size has more blocks.
+    pub threads: u32,
+    /// Kernels that are loaded already, on some of the devices: an engine's, which the group then
+    /// shares. The group loads those of the other devices.
+    pub kernels: Vec<Kernels>,
+    /// Rebuilds that ranks are ahead by from the start; for tests of one that was left behind.
+    #[doc(hidden)]
+    pub ahead: Vec<u64>,
     /// All-reduce algorithms from outside the crate, so that their kernels are loaded before
     /// anything runs.
     pub algorithms: Vec<&'static dyn DeviceAllReduce>,
 }
 
 impl Default for P2pOptions {
-    /// 30 s; a minute; 4 MiB; a probe of 2 s; all blocks.
+    /// 30 s; a minute; 4 MiB; a probe of 2 s; all blocks, of all threads.
     fn default() -> Self {
         Self {
             deadline: Duration::from_secs(30),
@@ -58,6 +67,9 @@ impl Default for P2pOptions {
             probe: Some(Duration::from_secs(2)),
             blocks: MAX_BLOCKS,
             wire: None,
+            threads: abi::kCollectiveThreads,
+            kernels: Vec::new(),
+            ahead: Vec::new(),
             algorithms: Vec::new(),
         }
     }
@@ -146,6 +158,9 @@ impl P2pGroup {
                         "use a smaller one",
                     )
                 })?;
+        options.blocks = options.blocks.clamp(1, MAX_BLOCKS);
+        let most = abi::kCollectiveThreads;
+        options.threads = options.threads.clamp(64, most).next_multiple_of(32);
         let contexts: Vec<Context> = streams.iter().map(|s| s.context().clone()).collect();
         for own in &contexts {
             for peer in &contexts {
@@ -154,7 +169,10 @@ impl P2pGroup {
                 }
             }
         }
-        let mut loaded: BTreeMap<usize, Kernels> = BTreeMap::new();
+        let of_caller = options.kernels.iter();
+        let mut loaded: BTreeMap<usize, Kernels> = of_caller
+            .map(|kernels| (kernels.context().ordinal(), kernels.clone()))
+            .collect();
         let mut ranks = Vec::new();
         let mut extra = Vec::new();
         for (stream, context) in streams.iter().zip(&contexts) {
@@ -169,6 +187,7 @@ impl P2pGroup {
                 stream.clone(),
                 kernels,
                 options.staging_bytes,
+                options.blocks,
             )?);
         }
         let arenas: Vec<u64> = ranks.iter().map(RankDevice::arena).collect();
@@ -178,7 +197,7 @@ impl P2pGroup {
         }
         let ring = links.ring();
         let capability = contexts[0].limits().compute_capability;
-        let (leases, blocks) = take_leases(&ranks, options.blocks.min(MAX_BLOCKS))?;
+        let (leases, blocks) = take_leases(&ranks, &extra, options.blocks)?;
         let shared = Shared {
             streams,
             arenas,
@@ -280,7 +299,7 @@ impl Shared {
     /// Makes a rank's arena as after `rebuilds` rebuilds.
     pub(super) fn reset(&self, rank: usize, rebuilds: u64) -> Result<()> {
         let settings = Settings {
-            generation: generation(rebuilds),
+            generation: generation(rebuilds + self.options.ahead.get(rank).unwrap_or(&0)),
             deadline: self.options.deadline,
             nonce: 0,
         };
@@ -447,7 +466,7 @@ fn load_extra(
         .filter_map(|a| Some((a.name(), a.image()?)));
     with_image
         .map(|(name, image)| {
-            // SAFETY: an algorithm's image is complete, as its trait asks.
+            // SAFETY: whoever made the image has vouched for it.
             let kernels = unsafe { Kernels::from_image(context, image.family, image.bytes)? };
             Ok((name, kernels))
         })
@@ -455,17 +474,20 @@ fn load_extra(
 }
 
 /// Room for every rank's blocks, and how many that makes for all.
-fn take_leases(ranks: &[RankDevice], wanted: u32) -> Result<(Vec<Lease>, u32)> {
+fn take_leases(
+    ranks: &[RankDevice],
+    extra: &[Vec<(&'static str, Kernels)>],
+    wanted: u32,
+) -> Result<(Vec<Lease>, u32)> {
     let mut leases = Vec::new();
     for (index, rank) in ranks.iter().enumerate() {
         let ordinal = rank.context.ordinal();
         // What fits on the device of the hungriest kernel, with the most threads.
         let mut fit = u32::MAX;
-        for kernel in rank
-            .kernels
-            .iter()
-            .filter(|k| k.family().starts_with("collective/"))
-        {
+        let own = rank.kernels.iter();
+        let own = own.filter(|k| k.family().starts_with("collective/"));
+        let outside = extra[index].iter().flat_map(|(_, kernels)| kernels.iter());
+        for kernel in own.chain(outside) {
             fit = fit.min(kernel.blocks_per_multiprocessor(abi::kCollectiveThreads, 0)?);
         }
         let capacity = fit.saturating_mul(rank.context.limits().multiprocessors);

@@ -15,8 +15,8 @@ use crate::error::Result;
 
 /// Bytes of the arena before its buffers.
 const HEAD: usize = (size_of::<abi::CollectiveArena>()).next_multiple_of(128);
-/// Bytes of the ring's messages.
-const RING: usize = (abi::kCollectiveBlocks * abi::kRingSlots * abi::kRingMessageBytes) as usize;
+/// Bytes of the ring's messages, for each block.
+const RING: usize = (abi::kRingSlots * abi::kRingMessageBytes) as usize;
 
 /// Pinned words: the record, then these.
 const RECORD: usize = 0;
@@ -56,11 +56,12 @@ impl RankDevice {
         stream: Arc<Stream>,
         kernels: Kernels,
         staging_bytes: usize,
+        blocks: u32,
     ) -> Result<Self> {
         // An allocation of its own: the virtual GPU sees its bounds.
         let pool = DevicePool::new(context, 0);
         let side = Stream::new(context)?;
-        let arena = pool.zeros(HEAD + 3 * staging_bytes + RING, &side)?;
+        let arena = pool.zeros(HEAD + 3 * staging_bytes + blocks as usize * RING, &side)?;
         let words = pool.zeros(4 * (1 + abi::kMaxRanks as usize), &side)?;
         side.synchronize()?;
         Ok(Self {
@@ -91,7 +92,8 @@ impl RankDevice {
         self.words.address()
     }
 
-    fn record_address(&self) -> u64 {
+    /// Where its kernels leave a `CollectiveRecord`.
+    pub(super) fn record_address(&self) -> u64 {
         self.pinned.device_address() + 8 * RECORD as u64
     }
 
