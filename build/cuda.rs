@@ -38,6 +38,10 @@ pub(crate) fn build(root: &Path) {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     println!("cargo::rerun-if-changed=build");
     println!("cargo::rerun-if-changed=cuda");
+    // Some have kernels of their own.
+    if root.join("examples").is_dir() {
+        println!("cargo::rerun-if-changed=examples");
+    }
     if variable("DOCS_RS").is_some() {
         // Documentation is built without a toolkit: with bindings made before, and no kernels.
         bindings::copy_prepared(root, &out).unwrap_or_else(|e| fail(&[e]));

@@ -1,4 +1,4 @@
-//! Compiles every `.cu` under `cuda/` to a fatbin, several at a time.
+//! Compiles every `.cu` under `cuda/`, and those of the examples, to a fatbin, several at a time.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Write as _;
@@ -14,8 +14,11 @@ use super::toolkit::Toolkit;
 /// One `.cu` and what becomes of it.
 #[derive(Clone, Debug)]
 pub(crate) struct Unit {
-    /// The path under `cuda/` without the ending: `norm`, `collective/ring`.
+    /// The path under `cuda/` without the ending: `norm`, `collective/ring`; that of an example from
+    /// the root: `examples/custom_collective/tree`.
     name: String,
+    /// Whether it belongs to the crate, or to an example, which includes its fatbin itself.
+    embedded: bool,
     source: PathBuf,
     fatbin: PathBuf,
     /// What the source includes, as make wants it.
@@ -39,11 +42,17 @@ fn sources(directory: &Path, list: &mut Vec<PathBuf>) -> Result<(), String> {
 }
 
 fn units(root: &Path, out: &Path) -> Result<Vec<Unit>, String> {
-    let directory = root.join("cuda");
+    let (own, examples) = (root.join("cuda"), root.join("examples"));
     let mut list = Vec::new();
-    sources(&directory, &mut list)?;
+    sources(&own, &mut list)?;
+    // Not there where the crate is a dependency without them.
+    if examples.is_dir() {
+        sources(&examples, &mut list)?;
+    }
     let unit = |source: PathBuf| {
-        let relative = source.strip_prefix(&directory).unwrap_or(&source);
+        let embedded = source.starts_with(&own);
+        let relative = source.strip_prefix(if embedded { &own } else { root });
+        let relative = relative.unwrap_or(&source);
         let name = relative
             .with_extension("")
             .display()
@@ -52,6 +61,7 @@ fn units(root: &Path, out: &Path) -> Result<Vec<Unit>, String> {
         let stem = out.join(name.replace('/', "-"));
         Unit {
             name,
+            embedded,
             fatbin: stem.with_extension("fatbin"),
             dependencies: stem.with_extension("d"),
             stamp: stem.with_extension("command"),
@@ -86,6 +96,22 @@ fn compiler(root: &Path, toolkit: &Toolkit, targets: &Targets) -> Result<cc::Too
     build.try_get_compiler().map_err(|e| format!("nvcc: {e}"))
 }
 
+/// Gives the build scripts of dependents what they need to compile kernels of their own in the same
+/// way: DEP_RINGTP_CUDA_NVCC, and DEP_RINGTP_CUDA_NVCC_FLAGS with blanks between them.
+fn tell_dependents(tool: &cc::Tool, toolkit: &Toolkit) {
+    let flags = tool.args().iter().map(|flag| flag.to_string_lossy());
+    // They name directories, whose names may have blanks: DEP_RINGTP_CUDA_INCLUDE has this one.
+    let mut include = false;
+    let flags = flags.filter(|flag| {
+        let skip = include || flag.starts_with("-I");
+        include = flag == "-I";
+        !skip
+    });
+    let flags: Vec<_> = flags.collect();
+    println!("cargo::metadata=nvcc={}", toolkit.nvcc.display());
+    println!("cargo::metadata=nvcc_flags={}", flags.join(" "));
+}
+
 fn command(tool: &cc::Tool, unit: &Unit) -> Command {
     // Not `Build::compile`, which would make a library and link the CUDA runtime.
     let mut command = tool.to_command();
@@ -116,7 +142,12 @@ fn is_fresh(unit: &Unit, command: &str) -> bool {
 
 fn compile(tool: &cc::Tool, unit: &Unit) -> Result<(), String> {
     let mut command = command(tool, unit);
-    let text = format!("{command:?}");
+    // Without the environment, which is never the same.
+    let arguments = command.get_args().map(|a| a.to_string_lossy());
+    let words: Vec<_> = std::iter::once(command.get_program().to_string_lossy())
+        .chain(arguments)
+        .collect();
+    let text = words.join(" ");
     if is_fresh(unit, &text) {
         return Ok(());
     }
@@ -150,6 +181,7 @@ pub(crate) fn compile_all(
 ) -> Result<Vec<Unit>, Vec<String>> {
     let units = units(root, out).map_err(|e| vec![e])?;
     let tool = compiler(root, toolkit, targets).map_err(|e| vec![e])?;
+    tell_dependents(&tool, toolkit);
     let queue: Mutex<VecDeque<&Unit>> = Mutex::new(units.iter().collect());
     let faults = Mutex::new(Vec::new());
     let take = || queue.lock().ok()?.pop_front();
@@ -202,7 +234,7 @@ pub(crate) fn compile_all(
 /// Writes the list of fatbins that the crate includes.
 pub(crate) fn write_list(units: &[Unit], out: &Path) -> Result<(), String> {
     let mut text = String::from("pub(super) static FATBINS: &[Fatbin] = &[\n");
-    for unit in units {
+    for unit in units.iter().filter(|unit| unit.embedded) {
         let path = unit.fatbin.display().to_string();
         let _ = writeln!(
             text,

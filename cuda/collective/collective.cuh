@@ -141,6 +141,26 @@ struct Collective {
         return !__syncthreads_or(failed);
     }
 
+    // Half of a barrier: tells the blocks of `ranks` that this one is here. What its threads wrote
+    // before, they see behind `wait_for`. Every thread calls it; `stage` as of `barrier`. A rank
+    // signals another once a stage, and what it signals is waited for in the same pass.
+    __device__ __forceinline__ void signal(uint32_t ranks, uint32_t stage) const {
+        const uint32_t peer = threadIdx.x;
+        __syncthreads();
+        if (peer < kMaxRanks && (ranks >> peer & 1))
+            ptx::st_release_sys(&arena(peer)->barrier[blockIdx.x][rank], flag(stage + 1));
+    }
+
+    // The other half: waits for the signals of `ranks`. False, for all threads, if one is lost:
+    // then leave without writing output.
+    __device__ __forceinline__ bool wait_for(uint32_t ranks, uint32_t stage) const {
+        const uint32_t peer = threadIdx.x;
+        bool failed = false;
+        if (peer < kMaxRanks && (ranks >> peer & 1))
+            failed = !wait(&mine->barrier[blockIdx.x][peer], flag(stage + 1), peer, kStepBarrier);
+        return !__syncthreads_or(failed);
+    }
+
     // What a peer handed to the first barrier of this pass; any thread, after it.
     __device__ __forceinline__ uint64_t source_of(uint32_t peer) const {
         return mine->sources[epoch / 2 % 2][blockIdx.x][peer];

@@ -38,6 +38,42 @@
 //! # }
 //! ```
 
+//!
+//! # An algorithm of your own
+//!
+//! A kernel in a `.cu` file, a value of [`DeviceAllReduce`] in a `.rs` file; `examples/custom_collective`
+//! has both for sums along a binary tree. `cuda/collective/collective.cuh` gives the kernel its peers,
+//! flags, epochs, deadline and abort:
+//!
+//! ```cuda
+//! Collective c(args);
+//! if (!c.wait_for(children, 0)) return;      // somebody is lost
+//! ...                                        // read c.staging(child), write c.staging(c.rank)
+//! c.signal(parent, 0);
+//! ```
+//!
+//! The kernels of an example of this repository are compiled with the crate's own. Another crate has a
+//! build script, to which cargo gives the compiler and its flags, so that machine code and PTX are made
+//! as the crate makes them:
+//!
+//! ```no_run
+//! # fn main() {
+//! let var = |name: &str| std::env::var(name).expect("a dependency on ringtp with feature cuda");
+//! let fatbin = format!("{}/tree.fatbin", var("OUT_DIR"));
+//! let status = std::process::Command::new(var("DEP_RINGTP_CUDA_NVCC"))
+//!     .args(var("DEP_RINGTP_CUDA_NVCC_FLAGS").split(' '))
+//!     .args(["-I", &var("DEP_RINGTP_CUDA_INCLUDE"), "-fatbin", "-o", &fatbin, "src/tree.cu"])
+//!     .status();
+//! assert!(status.is_ok_and(|status| status.success()), "nvcc failed");
+//! println!("cargo::rerun-if-changed=src/tree.cu");
+//! # }
+//! ```
+//!
+//! The value names the kernels and holds the fatbin ([`Image`]); [`P2pOptions::algorithms`] loads it,
+//! [`P2pComm::all_reduce_with`] runs it. `tests/p2p_suite` is what the crate's own algorithms go
+//! through, and takes others: sums to the bit, losses, aborts, other calls, over many schedules of the
+//! virtual GPU; `tests/p2p_mutants.rs` then shows that the suite would notice a fault.
+
 mod algorithm;
 mod budget;
 mod comm;

@@ -1,0 +1,50 @@
+//! The algorithm of `examples/custom_collective` goes through what the crate's own go through, and
+//! the example runs.
+#![cfg(feature = "cuda")]
+
+mod p2p_suite;
+mod p2p_support;
+
+#[allow(dead_code, reason = "its main is not run here")]
+#[path = "../examples/custom_collective/main.rs"]
+mod custom_collective;
+
+use custom_collective::tree::TREE;
+use p2p_suite::{Devices, Operation, Order, Target, dtype_of};
+
+/// Runs of every scenario, each with a seed of its own. `RINGTP_SEEDS` changes the number.
+const ROUNDS: u32 = 4;
+
+#[test]
+fn it_sums_along_the_tree_to_the_bit_and_survives_losses() {
+    let Some(driver) = test_driver::take() else {
+        return;
+    };
+    let rounds = std::env::var("RINGTP_SEEDS")
+        .ok()
+        .and_then(|n| n.parse().ok());
+    let mut devices = Devices::new(driver, 3);
+    for kernel in ["tree_f32", "tree_bf16", "tree_f16"] {
+        let target = Target {
+            operation: Operation::AllReduce(&TREE),
+            order: Order::Tree,
+            dtype: dtype_of(kernel),
+            rounds: rounds.unwrap_or(ROUNDS),
+        };
+        if let Err((how, runs)) = devices.judge(&target, None) {
+            panic!("{kernel}, run {runs}: {how}");
+        }
+    }
+}
+
+#[test]
+fn the_example_runs() {
+    let Some(_driver) = test_driver::take() else {
+        return;
+    };
+    for ranks in [1, 3, 8] {
+        custom_collective::run(ranks, &[4, 1000]).expect("the sums");
+    }
+}
+
+test_driver::also_on_a_real_driver!();

@@ -1,0 +1,93 @@
+//! A kernel that reads what a rank leaves for the host when it gives up, as the host does: it waits
+//! for the word that says that all is there, and then reads the rest. The virtual GPU does not see
+//! what the host's processor loads, and sees this.
+
+use ringtp::backend::cuda::abi::KernelParams;
+use ringtp::backend::cuda::{Context, DeviceBuffer, DevicePool, Family, Kernels, Launch, Stream};
+
+use super::words;
+
+/// `read_record(record, out)`
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ReadRecord {
+    record: u64,
+    out: u64,
+}
+
+// SAFETY: the kernel below takes two addresses.
+unsafe impl KernelParams for ReadRecord {}
+
+const PTX: &str = "
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry read_record(.param .align 8 .b8 params[16])
+{
+    .reg .pred %p<2>;
+    .reg .b64 %rd<9>;
+    ld.param.u64 %rd1, [params];
+    ld.param.u64 %rd2, [params+8];
+again:
+    ld.acquire.sys.global.u64 %rd3, [%rd1];
+    setp.eq.u64 %p1, %rd3, 0;
+    @%p1 bra again;
+    ld.global.u64 %rd4, [%rd1+8];
+    ld.global.u64 %rd5, [%rd1+16];
+    ld.global.u64 %rd6, [%rd1+24];
+    ld.global.u64 %rd7, [%rd1+32];
+    ld.global.u64 %rd8, [%rd1+40];
+    st.global.u64 [%rd2], %rd4;
+    st.global.u64 [%rd2+8], %rd5;
+    st.global.u64 [%rd2+16], %rd6;
+    st.global.u64 [%rd2+24], %rd7;
+    st.global.u64 [%rd2+32], %rd8;
+    ret;
+}
+\0";
+
+/// A kernel that watches a record, on a device that did not write it.
+pub(super) struct Watch {
+    stream: Stream,
+    out: DeviceBuffer,
+    kernels: Kernels,
+}
+
+impl Watch {
+    /// Gets ready on a device.
+    pub(super) fn new(context: &Context) -> Result<Self, String> {
+        let family = Family {
+            name: "watch",
+            kernels: &["read_record"],
+        };
+        // SAFETY: PTX that ends in zero.
+        let kernels = unsafe { Kernels::from_image(context, family, PTX.as_bytes()) };
+        let stream = Stream::new(context).map_err(words)?;
+        let out = DevicePool::new(context, 0).zeros(40, &stream);
+        stream.synchronize().map_err(words)?;
+        Ok(Self {
+            out: out.map_err(words)?,
+            kernels: kernels.map_err(words)?,
+            stream,
+        })
+    }
+
+    /// Begins to watch.
+    pub(super) fn start(&self, record: u64) -> Result<(), String> {
+        let kernel = self.kernels.get("read_record").map_err(words)?;
+        let out = self.out.address();
+        let params = ReadRecord { record, out };
+        // SAFETY: the record has six words and lives as long as its group; the other address has
+        // five.
+        let launched = unsafe { self.stream.launch(kernel, Launch::linear(1, 1), &params) };
+        launched.map_err(words)
+    }
+
+    /// The reason that was read, once there is one.
+    pub(super) fn reason(&self) -> Result<u32, String> {
+        let mut words_read = [0u64; 5];
+        let out = self.out.as_ref();
+        self.stream.download(out, &mut words_read).map_err(words)?;
+        Ok(words_read[0] as u32)
+    }
+}
