@@ -166,7 +166,7 @@ fn lower_kernel(
         }
         shared_end = shared_end.next_multiple_of(variable_align(v));
         shared.insert((owner, v.name.clone()), shared_end as u32);
-        shared_end += bytes;
+        shared_end = shared_end.saturating_add(bytes);
         if shared_end > MAX_BYTES {
             return Err(too_large(v));
         }
