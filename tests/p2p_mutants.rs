@@ -16,12 +16,10 @@ mod p2p_support;
 mod tree;
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Instant;
 
 use mutants::judge::{Tally, Verdict, choose};
-use mutants::{Sources, operators, survivors};
+use mutants::{Sources, operators, shipped, survivors};
 use p2p_suite::{Devices, Operation, Order, Target, dtype_of};
 use ringtp::backend::cuda::{Family, families, fatbins};
 use tree::{TREE, Tree};
@@ -45,35 +43,6 @@ const OPERATORS: [operators::Operator; 4] = [
     operators::barrier::faults,
     operators::compare::flags,
 ];
-
-/// The PTX that a fatbin has for the architecture of the virtual GPU.
-fn shipped(family: &str, image: &[u8]) -> String {
-    let stem = format!(
-        "mutants-{}-{}",
-        std::process::id(),
-        family.replace('/', "-")
-    );
-    let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(&stem);
-    std::fs::create_dir_all(&directory).expect("a directory");
-    let fatbin = directory.join("image.fatbin");
-    std::fs::write(&fatbin, image).expect("a file");
-    let tool = Path::new(env!("RINGTP_CUDA_BIN")).join("cuobjdump");
-    let output = Command::new(tool)
-        .args(["-xptx", "sm_90"])
-        .arg(&fatbin)
-        .current_dir(&directory)
-        .output()
-        .expect("cuobjdump runs");
-    assert!(output.status.success(), "{output:?}");
-    let files = std::fs::read_dir(&directory).expect("a directory");
-    let ptx = files
-        .map(|entry| entry.expect("an entry").path())
-        .find(|path| path.extension().is_some_and(|e| e == "ptx"))
-        .expect("PTX for sm_90");
-    let text = std::fs::read_to_string(ptx).expect("PTX");
-    let _ = std::fs::remove_dir_all(&directory);
-    text
-}
 
 fn embedded(family: &str) -> &'static [u8] {
     let image = fatbins().find(|(name, _)| *name == family);

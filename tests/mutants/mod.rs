@@ -3,6 +3,7 @@
 //! | piece | what |
 //! |---|---|
 //! | `operators/` | one file a kind of fault: what may be done to an instruction |
+//! | [`shipped`] | the PTX of a fatbin |
 //! | [`Mutant`] | one fault at one place |
 //! | `survivors` | the list of those that no test can notice, with the reason for each |
 //! | `judge` | runs a suite on mutants and holds the outcome against that list |
@@ -19,10 +20,40 @@ pub(crate) mod survivors;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::listing::{Kernel, Line, Statement, ptx};
 use operators::Operator;
+
+/// The PTX that a fatbin has for the architecture of the virtual GPU.
+pub(crate) fn shipped(family: &str, image: &[u8]) -> String {
+    let stem = format!(
+        "mutants-{}-{}",
+        std::process::id(),
+        family.replace('/', "-")
+    );
+    let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(&stem);
+    std::fs::create_dir_all(&directory).expect("a directory");
+    let fatbin = directory.join("image.fatbin");
+    std::fs::write(&fatbin, image).expect("a file");
+    let tool = Path::new(env!("RINGTP_CUDA_BIN")).join("cuobjdump");
+    let output = Command::new(tool)
+        .args(["-xptx", "sm_90"])
+        .arg(&fatbin)
+        .current_dir(&directory)
+        .output()
+        .expect("cuobjdump runs");
+    assert!(output.status.success(), "{output:?}");
+    let files = std::fs::read_dir(&directory).expect("a directory");
+    let ptx = files
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| path.extension().is_some_and(|e| e == "ptx"))
+        .expect("PTX for sm_90");
+    let text = std::fs::read_to_string(ptx).expect("PTX");
+    let _ = std::fs::remove_dir_all(&directory);
+    text
+}
 
 /// One fault at one place.
 #[derive(Clone, Debug)]

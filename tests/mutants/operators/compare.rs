@@ -1,5 +1,5 @@
-//! Comparisons of what was read from a flag, or agreed on at a barrier: shifted by one, or turned
-//! round. Which those are follows from the registers: whatever is computed from a strong load or
+//! Comparisons, shifted by one or turned round: all of them, or those of what was read from a flag
+//! or agreed on at a barrier. Which those are follows from the registers: whatever is computed from a strong load or
 //! from a reduction at a barrier.
 
 use super::{Fault, replaced};
@@ -19,6 +19,14 @@ pub(crate) fn flags(kernel: &Kernel) -> Vec<(usize, Fault)> {
         s.name() == "setp" && flow::reads(s).iter().any(|r| from_flags.contains(r))
     });
     compares
+        .flat_map(|(index, statement)| shifted(statement).into_iter().map(move |f| (index, f)))
+        .collect()
+}
+
+/// All comparisons: bounds of loops and of operands, and what depends on values.
+pub(crate) fn bounds(kernel: &Kernel) -> Vec<(usize, Fault)> {
+    let code = kernel.code.iter().enumerate();
+    code.filter(|(_, statement)| statement.name() == "setp")
         .flat_map(|(index, statement)| shifted(statement).into_iter().map(move |f| (index, f)))
         .collect()
 }

@@ -2,6 +2,8 @@
 
 pub(crate) mod barrier;
 pub(crate) mod compare;
+pub(crate) mod masks;
+pub(crate) mod operands;
 pub(crate) mod order;
 pub(crate) mod scope;
 
