@@ -1,9 +1,9 @@
 //! Tensor-parallel Llama inference with its own collectives: no NCCL, no Python.
 //!
 //! One model is split over N ranks; each computes its heads and columns, and two all-reduces a
-//! layer put the parts together. Today ranks are threads on the CPU; the traits
-//! [`backend::Backend`] and [`comm::Communicator`] are made for GPUs to come. The feature `cuda`
-//! adds `backend::cuda`: the device layer and the first kernels.
+//! layer put the parts together. Ranks are threads on the CPU or, with the feature `cuda`, have a
+//! CUDA device each, or a share of one: the layers are the same code over the traits
+//! [`backend::Backend`] and [`comm::Communicator`].
 //!
 //! ```
 //! use ringtp::generate::{Llm, SamplingParams};
