@@ -143,7 +143,7 @@ fn products(dtype: DType, rows: &[usize]) -> Vec<Problem> {
                 let mut out = operand(gpu, to, [rows, width], place, None);
                 let bias = Vector::new(gpu, &values(4, cols), 0);
                 let ending = GemmEpilogue {
-                    bias: matches!(epilogue, 1 | 2 | 3).then(|| bias.view()),
+                    bias: matches!(epilogue, 1..=3).then(|| bias.view()),
                     gate_up,
                     residual: matches!(epilogue, 2 | 3 | 5).then(|| residual.rows()),
                 };
