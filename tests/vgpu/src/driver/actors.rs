@@ -304,11 +304,20 @@ impl Actors {
     }
 }
 
+/// A busy thread, as it was first seen so.
+struct Seen {
+    since: Instant,
+    /// Processor time it had used.
+    used: Option<Duration>,
+    /// Whether it has used the driver, then or later: it is not forgotten while it ends.
+    known: bool,
+}
+
 /// How long the watcher has seen what it sees.
 #[derive(Default)]
 struct Watch {
-    /// Busy threads, with the processor time they had used when they were first seen so.
-    busy: BTreeMap<i32, (Instant, Option<Duration>)>,
+    /// Busy threads since they were first seen so.
+    busy: BTreeMap<i32, Seen>,
     stuck_since: Option<Instant>,
     pause: Duration,
 }
@@ -327,23 +336,25 @@ impl Watch {
         }
         self.busy.retain(|thread, _| busy.contains(thread));
         for &thread in busy {
-            let (since, used) = *self
-                .busy
-                .entry(thread)
-                .or_insert_with(|| (Instant::now(), time_used(thread)));
+            let seen = self.busy.entry(thread).or_insert_with(|| Seen {
+                since: Instant::now(),
+                used: time_used(thread),
+                known: false,
+            });
+            seen.known |= actors.threads.contains_key(&thread);
             if actors.ignored.contains_key(&thread) {
                 continue;
             }
-            let grace = match actors.threads.contains_key(&thread) {
+            let grace = match seen.known {
                 true => GRACE,
                 false => GRACE_OF_STRANGERS,
             };
             let now = time_used(thread);
-            let over = match (used, now) {
+            let over = match (seen.used, now) {
                 (Some(before), Some(now)) => now.saturating_sub(before) > grace,
-                _ => since.elapsed() > grace,
+                _ => seen.since.elapsed() > grace,
             };
-            if over || since.elapsed() > GRACE_ON_THE_WALL {
+            if over || seen.since.elapsed() > GRACE_ON_THE_WALL {
                 actors.cannot_be_replayed(format!(
                     "a thread stayed busy outside the driver while the others waited in {}, and \
                      the devices went on without it",
