@@ -24,7 +24,7 @@ pub(crate) mod driver_error;
 pub use driver_error::DriverError;
 
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::host::HostMatrix;
 use crate::llama::sampling::Record;
 use crate::llama::{Batch, SampleRow};
@@ -37,6 +37,32 @@ pub enum Layout {
     /// Two equal parts, gate and up, interleaved so that a product can end in
     /// `silu(gate) * up`; its width is that of one part.
     GateUp,
+}
+
+impl Layout {
+    /// Rows and columns of a matrix of `parts` stacked by rows.
+    ///
+    /// # Errors
+    /// Parts of different width; with [`Layout::GateUp`] other than two equal parts.
+    pub(crate) fn stacked(self, parts: &[HostMatrix<'_>]) -> Result<(usize, usize)> {
+        let cols = parts.first().map_or(0, HostMatrix::cols);
+        if let Some(part) = parts.iter().find(|part| part.cols() != cols) {
+            return Err(Error::shape(
+                "matrix: columns of its parts",
+                cols,
+                part.cols(),
+            ));
+        }
+        if self == Self::GateUp && (parts.len() != 2 || parts[0].rows() != parts[1].rows()) {
+            let found: Vec<_> = parts.iter().map(HostMatrix::rows).collect();
+            return Err(Error::shape(
+                "matrix: rows of gate and up",
+                "two equal parts",
+                format_args!("{found:?}"),
+            ));
+        }
+        Ok((parts.iter().map(HostMatrix::rows).sum(), cols))
+    }
 }
 
 /// The heads that one rank has.

@@ -58,7 +58,7 @@ impl Member for P2pComm {
     type Backend = CudaBackend;
 
     fn backend(&self, setup: &Setup) -> Result<CudaBackend> {
-        CudaBackend::new(self.stream().clone(), setup.dtype)
+        CudaBackend::with_kernels(self.stream().clone(), self.kernels(), setup.dtype)
     }
 
     fn stats(&self) -> CommStats {

@@ -7,7 +7,7 @@ use super::memory::Memory;
 use super::simd::LANES;
 use crate::backend::Layout;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::host::HostMatrix;
 
 /// Rows of a panel.
@@ -35,23 +35,7 @@ pub struct CpuMatrix {
 impl CpuMatrix {
     /// Packs `parts`, stacked by rows, converting to `dtype` (exactly, or to nearest even).
     pub(super) fn pack(parts: &[HostMatrix<'_>], layout: Layout, dtype: DType) -> Result<Self> {
-        let cols = parts.first().map_or(0, HostMatrix::cols);
-        if let Some(part) = parts.iter().find(|part| part.cols() != cols) {
-            return Err(Error::shape(
-                "matrix: columns of its parts",
-                cols,
-                part.cols(),
-            ));
-        }
-        let rows: usize = parts.iter().map(HostMatrix::rows).sum();
-        if layout == Layout::GateUp && (parts.len() != 2 || parts[0].rows() != parts[1].rows()) {
-            let found: Vec<_> = parts.iter().map(HostMatrix::rows).collect();
-            return Err(Error::shape(
-                "matrix: rows of gate and up",
-                "two equal parts",
-                format_args!("{found:?}"),
-            ));
-        }
+        let (rows, cols) = layout.stacked(parts)?;
         let panels = match layout {
             Layout::Rows => rows.div_ceil(PANEL),
             Layout::GateUp => (rows / 2).div_ceil(LANES),

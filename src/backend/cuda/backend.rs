@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::plan::SPLIT_ROWS;
 use super::tensor::out_of_memory;
-use super::upload::{Staging, stacked};
+use super::upload::Staging;
 use super::view::RowLayout;
 use super::{
     AttentionScratch, Context, CudaKvPages, CudaMatrix, CudaPlan, CudaTensor, DeviceBuffer,
@@ -49,8 +49,17 @@ impl CudaBackend {
     /// # Errors
     /// [`Error::Driver`]; memory.
     pub fn new(stream: Arc<Stream>, dtype: DType) -> Result<Self> {
-        let pool = DevicePool::new(stream.context(), STEP_SLAB);
         let kernels = Kernels::load(stream.context())?;
+        Self::with_kernels(stream, kernels, dtype)
+    }
+
+    /// As [`Self::new`], with kernels of the stream's device that are loaded already: those of the
+    /// rank's [`P2pComm`](crate::comm::p2p::P2pComm), say.
+    ///
+    /// # Errors
+    /// As [`Self::with`].
+    pub fn with_kernels(stream: Arc<Stream>, kernels: Kernels, dtype: DType) -> Result<Self> {
+        let pool = DevicePool::new(stream.context(), STEP_SLAB);
         Self::with(stream, pool, kernels, dtype)
     }
 
@@ -172,7 +181,7 @@ impl Backend for CudaBackend {
         dtype: DType,
     ) -> Result<CudaMatrix> {
         self.check_dtype("type of the weights", dtype)?;
-        let (rows, cols) = stacked(parts, layout)?;
+        let (rows, cols) = layout.stacked(parts)?;
         let mut matrix = CudaMatrix::new(&self.weights, layout, dtype, rows, cols)?;
         let staging = match &mut self.staging {
             Some(staging) => staging,

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use super::{CudaMatrix, DeviceBuffer, Event, Pinned, Stream};
 use crate::backend::Layout;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::host::HostMatrix;
 
 /// Bytes of a half.
@@ -138,25 +138,4 @@ fn write_row(part: &HostMatrix<'_>, row: usize, dtype: DType, wide: &mut [f32], 
             DType::F16 => out.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
         }
     }
-}
-
-/// Rows and columns of the parts together.
-pub(super) fn stacked(parts: &[HostMatrix<'_>], layout: Layout) -> Result<(usize, usize)> {
-    let cols = parts.first().map_or(0, HostMatrix::cols);
-    if let Some(part) = parts.iter().find(|part| part.cols() != cols) {
-        return Err(Error::shape(
-            "matrix: columns of its parts",
-            cols,
-            part.cols(),
-        ));
-    }
-    if layout == Layout::GateUp && (parts.len() != 2 || parts[0].rows() != parts[1].rows()) {
-        let found: Vec<_> = parts.iter().map(HostMatrix::rows).collect();
-        return Err(Error::shape(
-            "matrix: rows of gate and up",
-            "two equal parts",
-            format_args!("{found:?}"),
-        ));
-    }
-    Ok((parts.iter().map(HostMatrix::rows).sum(), cols))
 }

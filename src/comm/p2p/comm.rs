@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError};
 
 use super::algorithm::{DeviceAllReduce, OneShot, Reach, choose};
 use super::group::{Shared, generation, has_reach, lost};
-use crate::backend::cuda::{DeviceSlice, DeviceSliceMut, Function, Launch, Stream, abi};
+use crate::backend::cuda::{DeviceSlice, DeviceSliceMut, Function, Kernels, Launch, Stream, abi};
 use crate::comm::cpu::CpuComm;
 use crate::comm::mailbox::Call;
 use crate::comm::{CommError, CommStats, part};
@@ -83,6 +83,12 @@ impl P2pComm {
     #[doc(hidden)]
     pub fn record_address(&self) -> u64 {
         self.shared.device(self.rank).record_address()
+    }
+
+    /// The kernels on this rank's device: the crate's, or those of
+    /// [`P2pOptions::kernels`](super::P2pOptions::kernels).
+    pub fn kernels(&self) -> Kernels {
+        self.shared.device(self.rank).kernels.clone()
     }
 
     /// Calls and bytes sent so far, as the table of algorithms counts them. The time is not known
