@@ -6,8 +6,7 @@
 //!
 //! `cargo test --features cuda --test cuda_mutants -- --ignored --nocapture` runs a sample, with
 //! `RINGTP_MUTANTS=all` all: see `mutants/judge.rs`. **Unfinished**: of one sample everything that
-//! survives is argued, of others not. The sample depends on the text of the PTX, in which the paths of
-//! the sources stand, so that each checkout has its own.
+//! survives is argued, of others not.
 #![cfg(feature = "cuda")]
 
 mod cuda_support;

@@ -33,9 +33,14 @@ pub(crate) fn complete() -> bool {
 /// The mutants to run: see the module. `types` are the types that kernels are made for, as their
 /// names end.
 pub(crate) fn choose(mutants: Vec<Mutant>, ptx: &str, types: &[&str]) -> Vec<Mutant> {
+    // Without the paths of the sources, which are another checkout's others.
+    let code: Vec<&str> = ptx
+        .lines()
+        .filter(|line| !line.starts_with(".file"))
+        .collect();
     let lot = |text: &str| {
         let mut hasher = DefaultHasher::new();
-        (ptx, text).hash(&mut hasher);
+        (&code, text).hash(&mut hasher);
         hasher.finish()
     };
     match std::env::var("RINGTP_MUTANTS").as_deref() {
