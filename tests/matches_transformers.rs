@@ -1,15 +1,17 @@
 //! The logits and the greedy texts are those of Hugging Face transformers, for every kind of
 //! Llama, at every number of ranks: tests/fixtures/README.md says what the fixtures are.
 
+mod golden;
+
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use golden::{Golden, choices_where_the_margin_decides, max_error, range};
 use ringtp::DType;
 use ringtp::checkpoint::Checkpoint;
 use ringtp::llama::{Batch, Group, GroupOptions, SampleRow};
-use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -32,77 +34,11 @@ fn fixtures() -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// What transformers computed.
-struct Golden {
-    ids: Vec<u32>,
-    /// Of the stored weights widened to f32, `[ids, vocabulary]`.
-    logits: Vec<f32>,
-    greedy: Vec<u32>,
-    /// Best logit less the second, at each greedy step.
-    margins: Vec<f32>,
-    /// What transformers itself computed in the type of the file, with that type.
-    in_storage_type: Option<(DType, Vec<f32>)>,
-}
-
-impl Golden {
-    fn read(dir: &Path) -> Result<Self> {
-        let bytes = fs::read(dir.join("golden.safetensors"))?;
-        let tensors = SafeTensors::deserialize(&bytes)?;
-        let in_storage_type = [("logits_bf16", DType::Bf16), ("logits_f16", DType::F16)]
-            .into_iter()
-            .find(|(name, _)| tensors.tensor(name).is_ok())
-            .map(|(name, dtype)| floats(&tensors, name).map(|logits| (dtype, logits)))
-            .transpose()?;
-        Ok(Self {
-            ids: integers(&tensors, "ids")?,
-            logits: floats(&tensors, "logits")?,
-            greedy: integers(&tensors, "greedy")?,
-            margins: floats(&tensors, "greedy_margins")?,
-            in_storage_type,
-        })
-    }
-
-    fn range(&self) -> f32 {
-        let least = self.logits.iter().copied().fold(f32::INFINITY, f32::min);
-        let greatest = self
-            .logits
-            .iter()
-            .copied()
-            .fold(f32::NEG_INFINITY, f32::max);
-        greatest - least
-    }
-}
-
-fn floats(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<f32>> {
-    let view = tensors.tensor(name)?;
-    assert_eq!(view.dtype(), Dtype::F32, "{name}");
-    let (values, rest) = view.data().as_chunks::<4>();
-    assert!(rest.is_empty(), "{name}");
-    Ok(values.iter().map(|&b| f32::from_le_bytes(b)).collect())
-}
-
-fn integers(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<u32>> {
-    let view = tensors.tensor(name)?;
-    assert_eq!(view.dtype(), Dtype::I64, "{name}");
-    let (values, rest) = view.data().as_chunks::<8>();
-    assert!(rest.is_empty(), "{name}");
-    let values = values.iter().map(|&b| u32::try_from(i64::from_le_bytes(b)));
-    Ok(values.collect::<std::result::Result<_, _>>()?)
-}
-
-/// The greatest difference; not a number in either makes it infinite.
-fn max_error(found: &[f32], expected: &[f32]) -> f32 {
-    assert_eq!(found.len(), expected.len(), "number of logits");
-    let differences = found.iter().zip(expected).map(|(f, e)| (f - e).abs());
-    differences.fold(0.0, |worst, d| match d.is_nan() {
-        true => f32::INFINITY,
-        false => worst.max(d),
-    })
-}
-
 /// Logits of all rows of the prompt, and the greedy continuation.
 struct Run {
     logits: Vec<f32>,
+    /// The greedy choice after each position of the prompt.
+    chosen: Vec<u32>,
     greedy: Vec<u32>,
 }
 
@@ -125,6 +61,7 @@ fn run(dir: &Path, tp: usize, dtype: Option<DType>, golden: &Golden) -> Result<R
     let rows = prompt.push(&golden.ids, 0, prompt_len, &table);
     prompt.logits_rows = rows.collect();
     let logits = group.forward(&prompt)?;
+    let chosen = group.step(&prompt, &vec![SampleRow::greedy(); golden.ids.len()])?;
 
     prompt.logits_rows = vec![prompt_len - 1];
     let mut next = group.step(&prompt, &[SampleRow::greedy()])?;
@@ -136,7 +73,11 @@ fn run(dir: &Path, tp: usize, dtype: Option<DType>, golden: &Golden) -> Result<R
         next = group.step(&batch, &[SampleRow::greedy()])?;
         greedy.extend(&next);
     }
-    Ok(Run { logits, greedy })
+    Ok(Run {
+        logits,
+        chosen,
+        greedy,
+    })
 }
 
 fn valid_ranks(dir: &Path) -> Result<Vec<usize>> {
@@ -162,7 +103,7 @@ fn f32_logits_and_greedy_ids_are_those_of_transformers_at_every_tp() -> Result {
                     continue;
                 }
             };
-            let error = max_error(&run.logits, &golden.logits) / golden.range();
+            let error = max_error(&run.logits, &golden.logits) / range(&golden.logits);
             if error > worst.0 {
                 worst = (error, format!("{name}, tp {tp}"));
             }
@@ -184,34 +125,59 @@ fn f32_logits_and_greedy_ids_are_those_of_transformers_at_every_tp() -> Result {
 }
 
 #[test]
-fn in_bf16_and_f16_the_error_is_at_most_twice_that_of_transformers() -> Result {
+fn in_bf16_and_f16_errors_are_at_most_twice_those_of_transformers_and_ids_the_same() -> Result {
     let mut types = Vec::new();
     for dir in fixtures()? {
         let golden = Golden::read(&dir)?;
-        let Some((dtype, theirs)) = &golden.in_storage_type else {
+        let Some(narrow) = golden.narrow(golden.ids.len()) else {
             continue;
         };
-        types.push(*dtype);
-        let greatest = golden.logits.iter().fold(0.0_f32, |m, l| m.max(l.abs()));
-        // Half the distance of neighbours, relative.
-        let rounding = match dtype {
-            DType::Bf16 => greatest * 2.0_f32.powi(-8),
-            _ => greatest * 2.0_f32.powi(-11),
-        };
-        let bound = 2.0 * max_error(theirs, &golden.logits) + rounding;
+        let (name, bound) = (dir.display(), narrow.bound);
+        types.push(narrow.dtype);
         for tp in valid_ranks(&dir)? {
             // The type of the file is the default.
             let run = run(&dir, tp, None, &golden)?;
-            let error = max_error(&run.logits, &golden.logits);
-            println!("{dtype:?}, tp {tp}: error {error:.1e}, bound {bound:.1e}");
+            let error = max_error(&run.logits, narrow.reference);
+            assert!(error <= bound, "{name}, tp {tp}: {error:e} > {bound:e}");
+            let decided = choices_where_the_margin_decides(&run.chosen, narrow.reference, bound);
+            let decided = decided.map_err(|wrong| format!("{name}, tp {tp}: {wrong}"))?;
+            println!(
+                "{}, tp {tp}: error {error:.1e}, bound {bound:.1e}, {decided} of {} ids decided",
+                narrow.dtype,
+                golden.ids.len()
+            );
             assert!(
-                error <= bound,
-                "{}, tp {tp}: {error:e} > {bound:e}",
-                dir.display()
+                4 * decided >= golden.ids.len(),
+                "{name}: a quarter must be decided, or nothing is compared"
             );
         }
     }
     assert!(types.contains(&DType::Bf16) && types.contains(&DType::F16));
+    Ok(())
+}
+
+/// The control: where two ids that the margin decides are exchanged, the comparison names one.
+#[test]
+fn another_choice_than_the_margin_decides_is_seen() -> Result {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama/bf16");
+    let golden = Golden::read(&dir)?;
+    let narrow = golden.narrow(golden.ids.len()).ok_or("a narrow type")?;
+    let mut chosen = run(&dir, 1, None, &golden)?.chosen;
+    let compare =
+        |chosen: &[u32]| choices_where_the_margin_decides(chosen, narrow.reference, narrow.bound);
+    let decided = compare(&chosen)?;
+    let vocab = narrow.reference.len() / chosen.len();
+    let mut seen = 0;
+    for position in 0..chosen.len() {
+        let right = chosen[position];
+        chosen[position] = (right + 1) % vocab as u32;
+        if let Err(wrong) = compare(&chosen) {
+            assert!(wrong.contains(&format!("position {position}:")), "{wrong}");
+            seen += 1;
+        }
+        chosen[position] = right;
+    }
+    assert_eq!(seen, decided, "each of the positions that are decided");
     Ok(())
 }
 
@@ -241,7 +207,7 @@ fn without_its_rope_settings_a_model_fails_the_comparison() -> Result {
 
         let golden = Golden::read(&dir)?;
         let run = run(plain.path(), 1, Some(DType::F32), &golden)?;
-        let error = max_error(&run.logits, &golden.logits) / golden.range();
+        let error = max_error(&run.logits, &golden.logits) / range(&golden.logits);
         assert!(
             error > 100.0 * TOLERANCE || run.greedy != golden.greedy,
             "{name}: {error:e}"
