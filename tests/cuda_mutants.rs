@@ -15,14 +15,14 @@ mod mutants;
 #[path = "cuda_mutants/problems.rs"]
 mod problems;
 
-use std::collections::BTreeMap;
 use std::time::Instant;
 
 use cuda_support::Gpu;
 use mutants::judge::{Tally, Verdict, choose};
-use mutants::{Mutant, Sources, operators, shipped, survivors};
+use mutants::{Sources, operators, shipped, survivors};
 use problems::{Problem, problems_of};
 use ringtp::backend::cuda::{Family, families, fatbins};
+use test_driver::report::Counts;
 
 const LIST: &str = "tests/cuda_mutants/survivors.tsv";
 
@@ -32,59 +32,66 @@ const ROUNDS: u64 = 2;
 /// Warp operations after which a launch is taken for endless.
 const BUDGET: (&str, &str) = ("VGPU_BUDGET", "5000000");
 
-const OPERATORS: [operators::Operator; 5] = [
+const OPERATORS: [operators::Operator; 6] = [
     operators::barrier::faults,
+    operators::compare::bounds,
     operators::masks::narrowed,
     operators::operands::swapped,
     operators::order::faults,
     operators::scope::faults,
 ];
 
-/// Whether bounds are shifted as well. Their survivors are not argued yet: about seventy in the
-/// sample, most of them bounds that choose between a wide access and single ones, or of unrolled
-/// loops whose counters pass them by more than one.
-fn with_bounds() -> bool {
-    std::env::var_os("RINGTP_MUTANTS_OF_BOUNDS").is_some()
+/// What a problem comes to: the bytes that it could have written, and what its kernels asked of
+/// memory, by which a wide access is told from several that do the same.
+#[derive(PartialEq)]
+struct Outcome {
+    bytes: Vec<u8>,
+    traffic: Counts,
 }
 
-/// Runs a kernel's problems on a device with these kernels: the bytes that came of it, or what went
-/// wrong, and in which run.
-fn outcome(gpu: &Gpu, problems: &[Problem]) -> Result<Vec<Vec<u8>>, (String, u32)> {
+/// The part of what was counted that is about memory.
+fn traffic(counts: Counts) -> Counts {
+    Counts {
+        global_loads: counts.global_loads,
+        global_stores: counts.global_stores,
+        global_atomics: counts.global_atomics,
+        shared_loads: counts.shared_loads,
+        shared_stores: counts.shared_stores,
+        shared_atomics: counts.shared_atomics,
+        ..Counts::default()
+    }
+}
+
+/// Runs a problem: what it comes to, or what went wrong.
+fn outcome(gpu: &Gpu, problem: &Problem, round: u64) -> Result<Outcome, String> {
+    gpu.stream.synchronize().map_err(|e| e.to_string())?;
+    gpu.driver.explore(round, 1);
+    assert!(gpu.driver.count(), "on the virtual GPU");
     let mut bytes = Vec::new();
-    for round in 0..ROUNDS {
-        for (number, problem) in problems.iter().enumerate() {
-            let run = round as u32 * problems.len() as u32 + number as u32 + 1;
-            gpu.stream.synchronize().map_err(|e| (e.to_string(), run))?;
-            gpu.driver.explore(round, 1);
-            let mut out = Vec::new();
-            let ran = problem(gpu, &mut out);
-            if let Some(first) = gpu.driver.findings().first() {
-                return Err((first.clone(), run));
-            }
-            ran.map_err(|error| (error.to_string(), run))?;
-            bytes.push(out);
-        }
+    let ran = problem(gpu, &mut bytes);
+    if let Some(first) = gpu.driver.findings().first() {
+        return Err(first.clone());
     }
-    Ok(bytes)
+    ran.map_err(|error| error.to_string())?;
+    let traffic = traffic(gpu.driver.report().total);
+    Ok(Outcome { bytes, traffic })
 }
 
-/// The types of a kernel are compiled from the same source: for the sample, the mutants of one of
-/// them, and f32 where it has the like, since its results show most.
-fn of_one_type(all: Vec<Mutant>) -> Vec<Mutant> {
-    let types = ["_f32", "_bf16", "_f16"];
-    let rank = |mutant: &Mutant| types.iter().position(|t| mutant.kernel.ends_with(t));
-    let kind = |mutant: &Mutant| {
-        let stem = mutant.kernel.rsplit_once('_').map_or("", |(stem, _)| stem);
-        format!("{stem} {} {}", mutant.instruction, mutant.fault)
-    };
-    let mut first: BTreeMap<String, Option<usize>> = BTreeMap::new();
-    for mutant in &all {
-        let known = first.entry(kind(mutant)).or_insert_with(|| rank(mutant));
-        *known = (*known).min(rank(mutant));
+/// Runs a kernel's problems, round after round, as long as they come to the same as with the kernel
+/// as shipped.
+fn judge(gpu: &Gpu, problems: &[Problem], right: &[Outcome]) -> Verdict {
+    for (run, right) in right.iter().enumerate() {
+        let (round, number) = (run / problems.len(), run % problems.len());
+        let how = match outcome(gpu, &problems[number], round as u64) {
+            Ok(own) if own == *right => continue,
+            Ok(own) if own.bytes == right.bytes => "other accesses".to_owned(),
+            Ok(_) => "other bytes".to_owned(),
+            Err(how) => how,
+        };
+        let runs = run as u32 + 1;
+        return Verdict::Found { how, runs };
     }
-    let mut all = all;
-    all.retain(|mutant| first.get(&kind(mutant)) == Some(&rank(mutant)));
-    all
+    Verdict::Survived
 }
 
 /// Runs the mutants of a family's kernels.
@@ -94,56 +101,53 @@ fn run(family: Family, image: &'static [u8]) {
     let text = shipped(family.name, image);
     let list = survivors::read(LIST);
     let sources = Sources::read(&["cuda", "cuda/ptx"]);
-    let mut all = mutants::of(&text, &OPERATORS, &sources);
-    if with_bounds() {
-        all.extend(mutants::of(&text, &[operators::compare::bounds], &sources));
-    }
-    if std::env::var_os("RINGTP_MUTANTS").is_none() {
-        all = of_one_type(all);
-    }
-    all.retain(|mutant| !problems_of(&mutant.kernel).is_empty());
-    let chosen = choose(all, &text, &[""]);
+    let all = mutants::of(&text, &OPERATORS, &sources);
+    let sum = all.len();
+    let chosen = choose(all);
+    println!("{}: {} of {sum} mutants", family.name, chosen.len());
     let mut tally = Tally::default();
-    for mutant in &chosen {
-        let problems = problems_of(&mutant.kernel);
-        let right = outcome(&gpu, &problems)
-            .unwrap_or_else(|(how, _)| panic!("{} as shipped: {how}", mutant.kernel));
-        let own = gpu.kernels.clone();
-        let begin = Instant::now();
-        // SAFETY: PTX that ends in zero; what it does is up to the virtual GPU, which checks it.
-        let loaded = unsafe { own.with_image(family, &mutant.apply(&text)) };
-        let judged = match loaded {
-            Err(error) => Err((error.to_string(), 0)),
-            Ok(kernels) => {
-                gpu.kernels = kernels;
-                outcome(&gpu, &problems)
-            }
+    for kernel in family.kernels {
+        let problems = problems_of(kernel);
+        let runs = (0..ROUNDS).flat_map(|round| problems.iter().map(move |p| (round, p)));
+        let right: Vec<Outcome> = runs
+            .map(|(round, problem)| outcome(&gpu, problem, round))
+            .collect::<Result<_, _>>()
+            .unwrap_or_else(|how| panic!("{kernel} as shipped: {how}"));
+        // Only what is to run is loaded.
+        let alone = Family {
+            kernels: std::slice::from_ref(kernel),
+            ..family
         };
-        let verdict = match judged {
-            Ok(bytes) if bytes == right => Verdict::Survived,
-            Ok(bytes) => {
-                let differs = bytes.iter().zip(&right).position(|(a, b)| a != b);
-                Verdict::Found {
-                    how: "other bytes".into(),
-                    runs: differs.unwrap_or(0) as u32 + 1,
+        for mutant in chosen.iter().filter(|mutant| mutant.kernel == *kernel) {
+            let own = gpu.kernels.clone();
+            let begin = Instant::now();
+            // SAFETY: PTX that ends in zero; what it does is up to the virtual GPU, which checks it.
+            let loaded = unsafe { own.with_image(alone, &mutant.apply(&text)) };
+            let verdict = match loaded {
+                Err(error) => Verdict::Found {
+                    how: error.to_string(),
+                    runs: 0,
+                },
+                Ok(kernels) => {
+                    gpu.kernels = kernels;
+                    judge(&gpu, &problems, &right)
+                }
+            };
+            let took = begin.elapsed();
+            match &verdict {
+                Verdict::Survived => println!("SURVIVED {took:?} {mutant}"),
+                Verdict::Found { how, runs } => {
+                    let how = how.lines().next().unwrap_or_default();
+                    println!("found {took:?} run {runs} {mutant}\n    {how:.200}");
                 }
             }
-            Err((how, runs)) => Verdict::Found { how, runs },
-        };
-        let took = begin.elapsed();
-        match &verdict {
-            Verdict::Survived => println!("SURVIVED {took:?} {mutant}"),
-            Verdict::Found { how, runs } => {
-                let how = how.lines().next().unwrap_or_default();
-                println!("found {took:?} run {runs} {mutant}\n    {how:.200}");
+            tally.count(mutant, &verdict, &list);
+            gpu.kernels = own;
+            if gpu.stream.is_idle().is_err() {
+                // The context is lost, and ends with its last holder.
+                drop(gpu);
+                gpu = Gpu::take().expect("the driver was there");
             }
-        }
-        tally.count(mutant, &verdict, &list);
-        gpu.kernels = own;
-        if gpu.stream.is_idle().is_err() {
-            // The context is lost, and ends with its last holder.
-            drop(gpu);
-            gpu = Gpu::take().expect("the driver was there");
         }
     }
     tally.conclude(family.name, &list, start.elapsed());

@@ -64,13 +64,6 @@ enum Subject {
 }
 
 impl Subject {
-    fn kernels(&self) -> Vec<&'static str> {
-        match self {
-            Self::Own(family, _) => family.kernels.to_vec(),
-            Self::Example => vec!["tree_f32", "tree_bf16", "tree_f16"],
-        }
-    }
-
     /// The collectives that use a kernel, whose code is `image`.
     fn targets(&self, kernel: &str, image: Option<&'static [u8]>) -> Vec<Target> {
         match self {
@@ -109,13 +102,7 @@ fn run(name: &str, subject: Subject, text: &str) {
     all.retain(|mutant| tested(&mutant.kernel));
     assert!(!all.is_empty(), "{name}: no mutants");
     let sum = all.len();
-    let kernels = subject
-        .kernels()
-        .into_iter()
-        .filter(|kernel| tested(kernel));
-    let types: BTreeSet<&str> = kernels.filter_map(|k| k.rsplit('_').next()).collect();
-    let types: Vec<&str> = types.into_iter().collect();
-    let chosen = choose(all, text, &types);
+    let chosen = choose(all);
     // The suite passes on what is shipped; a mutant that fails then fails for its fault.
     let kernels: BTreeSet<&str> = chosen.iter().map(|m| m.kernel.as_str()).collect();
     for kernel in kernels {

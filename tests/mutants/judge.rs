@@ -1,11 +1,11 @@
 //! Which mutants are run, and what follows from the outcome.
 //!
-//! `RINGTP_MUTANTS=all` runs all; any other text, those whose name contains it. Unset, a sample:
-//! one of each kind of fault in each kernel, for one of its types. Which one depends on the PTX, so
-//! that it is the same until the kernel changes, and another then.
+//! `RINGTP_MUTANTS=all` runs all; any other text, those whose name contains it. Unset, a sample: of
+//! each kind of fault in each kernel one, of the first type that has the like. Which one follows
+//! from the names of that kind's mutants alone, so that a change of a kernel changes the sample
+//! where the kernel was changed and nowhere else.
 
 use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 use super::Mutant;
@@ -30,19 +30,24 @@ pub(crate) fn complete() -> bool {
     std::env::var("RINGTP_MUTANTS").as_deref() == Ok("all")
 }
 
-/// The mutants to run: see the module. `types` are the types that kernels are made for, as their
-/// names end.
-pub(crate) fn choose(mutants: Vec<Mutant>, ptx: &str, types: &[&str]) -> Vec<Mutant> {
-    // Without the paths of the sources, which are another checkout's others.
-    let code: Vec<&str> = ptx
-        .lines()
-        .filter(|line| !line.starts_with(".file"))
-        .collect();
-    let lot = |text: &str| {
-        let mut hasher = DefaultHasher::new();
-        (&code, text).hash(&mut hasher);
-        hasher.finish()
-    };
+/// The types that kernels are made for, as their names end. f32 first: its results show most.
+const TYPES: [&str; 3] = ["_f32", "_bf16", "_f16"];
+
+/// A kernel's name without its type, and which type that is.
+fn parts(kernel: &str) -> (&str, usize) {
+    let mut types = TYPES.iter().enumerate();
+    let typed = types.find_map(|(number, ending)| Some((kernel.strip_suffix(ending)?, number)));
+    typed.unwrap_or((kernel, 0))
+}
+
+/// A number that follows from the text alone, whatever the version of Rust: FNV-1a.
+fn lot(text: &str) -> u64 {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
+}
+
+/// The mutants to run: see the module.
+pub(crate) fn choose(mutants: Vec<Mutant>) -> Vec<Mutant> {
     match std::env::var("RINGTP_MUTANTS").as_deref() {
         Ok("all") => mutants,
         Ok(part) if !part.is_empty() => mutants
@@ -50,23 +55,13 @@ pub(crate) fn choose(mutants: Vec<Mutant>, ptx: &str, types: &[&str]) -> Vec<Mut
             .filter(|mutant| mutant.to_string().contains(part))
             .collect(),
         _ => {
-            let ending = types.iter().min_by_key(|ending| lot(ending)).copied();
-            let stem = |mutant: &Mutant| {
-                let stem = mutant.kernel.strip_suffix(ending.unwrap_or_default());
-                stem.map(str::to_owned)
-            };
-            let mut chosen: BTreeMap<String, (u64, Mutant)> = BTreeMap::new();
+            let mut chosen: BTreeMap<String, ((usize, u64), Mutant)> = BTreeMap::new();
             for mutant in mutants {
-                let Some(stem) = stem(&mutant) else {
-                    continue;
-                };
-                let stratum = format!("{stem} {} {}", mutant.instruction, mutant.fault);
-                let lot = lot(&mutant.to_string());
-                match chosen.get(&stratum) {
-                    Some((least, _)) if *least <= lot => {}
-                    _ => {
-                        chosen.insert(stratum, (lot, mutant));
-                    }
+                let (stem, dtype) = parts(&mutant.kernel);
+                let kind = format!("{stem} {} {}", mutant.instruction, mutant.fault);
+                let order = (dtype, lot(&mutant.to_string()));
+                if chosen.get(&kind).is_none_or(|(least, _)| order < *least) {
+                    chosen.insert(kind, (order, mutant));
                 }
             }
             chosen.into_values().map(|(_, mutant)| mutant).collect()
