@@ -199,6 +199,52 @@ fn a_pool_keeps_count() {
     }
 }
 
+/// What was reserved is enough for buffers that go in the reverse of the order they come in, whatever
+/// lies around it.
+#[test]
+fn a_reserve_is_enough_for_buffers_that_nest() {
+    let Some(gpu) = Gpu::take() else { return };
+    let mut state = 7_u64;
+    let mut below = |n: u64| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 33) % n
+    };
+    for _ in 0..20 {
+        let pool = DevicePool::new(&gpu.context, 16 << 10);
+        let kept: Vec<_> = (0..6).map(|_| pool.buffer(below(9000) as usize)).collect();
+        // Every other one goes again, so that there are gaps.
+        let kept: Vec<_> = kept.into_iter().step_by(2).collect();
+        let reserve = 40_000 + below(30_000) as usize;
+        pool.reserve(reserve).expect("a reserve");
+        let (total, _) = pool.usage();
+        let mut nested: Vec<cuda::DeviceBuffer> = Vec::new();
+        let rounded = |len: usize| len.max(1).next_multiple_of(BUFFER_ALIGN);
+        for _ in 0..300 {
+            let taken: usize = nested.iter().map(|b| rounded(b.len())).sum();
+            let len = below(20_000) as usize;
+            if below(3) > 0 && taken + rounded(len) <= reserve {
+                nested.push(pool.buffer(len).expect("a buffer"));
+            } else {
+                nested.pop();
+            }
+            assert_eq!(pool.usage().0, total, "no slab was added");
+        }
+        drop(kept);
+    }
+}
+
+/// A slab that does not fit is no error where what was asked for does.
+#[test]
+fn where_a_slab_does_not_fit_a_smaller_piece_does() {
+    let Some(gpu) = Gpu::take() else { return };
+    let pool = DevicePool::new(&gpu.context, 1 << 60);
+    let buffer = pool.buffer(1000).expect("a buffer");
+    assert_eq!(pool.usage(), (1024, 0));
+    drop(buffer);
+}
+
 #[test]
 fn memory_that_is_not_there_is_an_error() {
     let Some(gpu) = Gpu::take() else { return };

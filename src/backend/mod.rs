@@ -110,6 +110,48 @@ pub struct RopeTables {
     pub sin: Vec<f32>,
 }
 
+/// How large a step is: what decides, with the model, how much memory it needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepSize {
+    /// Rows of the batch.
+    pub rows: usize,
+    /// Rows whose logits are wanted.
+    pub logits_rows: usize,
+    /// Sequences.
+    pub sequences: usize,
+    /// Blocks of the KV cache, named once for every sequence that uses them.
+    pub blocks: usize,
+    /// Positions of the longest context.
+    pub context: usize,
+}
+
+impl StepSize {
+    /// Of a checked batch.
+    pub fn of(batch: &Batch) -> Self {
+        let context = batch.positions.iter().max();
+        Self {
+            rows: batch.rows(),
+            logits_rows: batch.logits_rows.len(),
+            sequences: batch.sequences(),
+            blocks: batch.block_tables.iter().map(Vec::len).sum(),
+            context: context.map_or(0, |&position| position as usize + 1),
+        }
+    }
+
+    /// As large, and somewhat larger: so that not every token that a sequence gets makes a size that
+    /// was not seen before.
+    pub(crate) fn rounded_up(self) -> Self {
+        Self {
+            rows: self.rows.next_multiple_of(16),
+            logits_rows: self.logits_rows.next_multiple_of(16),
+            // Little memory depends on these.
+            sequences: self.sequences.next_power_of_two(),
+            blocks: self.blocks.next_power_of_two(),
+            context: self.context.next_power_of_two(),
+        }
+    }
+}
+
 /// A record that [`Backend::records`] is asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct WantedRecord<'a> {
@@ -182,6 +224,15 @@ pub trait Backend: Send {
 
     /// The pages of a KV cache, zeroed.
     fn kv_pages(&mut self, shape: KvShape) -> Result<Self::KvPages>;
+
+    /// Takes memory for steps of up to `size`, beside that of the tensors that they are given: for the
+    /// plan, for what attention of these heads leaves on the way, and for new tensors of as many rows
+    /// as the batch and of `columns` columns, which exist at one time. Steps that are no larger take
+    /// none then. Only of use where taking memory waits for the device.
+    fn reserve(&mut self, size: &StepSize, heads: HeadCounts, columns: &[usize]) -> Result<()> {
+        let _ = (size, heads, columns);
+        Ok(())
+    }
 
     /// Puts a checked batch's metadata where the operations want it; `rope` has its angles.
     fn plan(&mut self, batch: &Batch, rope: RopeTables, block_size: usize) -> Result<Self::Plan>;

@@ -1,7 +1,8 @@
 //! What a model asks of the ranks it runs on.
 
-use crate::backend::Backend;
+use crate::backend::{Backend, WantedRecord};
 use crate::error::Result;
+use crate::shard::VocabShard;
 
 /// One rank's end of a group, on tensors of backend `B`.
 ///
@@ -58,6 +59,32 @@ pub trait Communicator<B: Backend>: Send {
 
     /// Every rank's words, in rank order; each passes as many.
     fn all_gather_words(&mut self, backend: &mut B, words: &[u32]) -> Result<Vec<u32>>;
+
+    /// The records `wanted` (see [`Backend::records`]) of every rank, in rank order; `shard` is this
+    /// rank's part of the vocabulary. A read: it waits for the logits.
+    fn gather_records(
+        &mut self,
+        backend: &mut B,
+        logits: &B::Tensor,
+        shard: &VocabShard,
+        wanted: &[WantedRecord<'_>],
+    ) -> Result<Vec<u32>> {
+        let words = backend.records(logits, shard.ids.start, wanted)?;
+        self.all_gather_words(backend, &words)
+    }
+
+    /// How often the group has been made anew: what its ranks have agreed on before is void.
+    fn generation(&self) -> u64 {
+        0
+    }
+
+    /// Lets no rank go on before all are here and have nothing under way. What waits for devices, as
+    /// taking memory does, belongs between two meetings, or a rank may wait for it while a collective
+    /// waits for that rank. By default nothing: where taking memory waits for nobody.
+    fn meet(&mut self, backend: &mut B) -> Result<()> {
+        let _ = backend;
+        Ok(())
+    }
 
     /// Tells the others that this rank cannot go on: their waits end at once.
     fn abort(&mut self, cause: &str);

@@ -38,6 +38,7 @@ mod mailbox;
 #[cfg(feature = "cuda")]
 pub mod p2p;
 pub mod reduce;
+mod room;
 mod stats;
 mod tensors;
 mod wire;
@@ -50,6 +51,7 @@ pub use cpu::CpuComm;
 pub use error::CommError;
 pub use group::{Group, GroupOptions, run_ranks};
 pub use links::{Link, Links};
+pub(crate) use room::Room;
 pub use stats::CommStats;
 pub use tensors::TensorComm;
 pub use wire::Wire;

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use super::{Batch, Limits, Rope};
-use crate::backend::{Backend, KvShape};
+use crate::backend::{Backend, HeadCounts, KvShape, StepSize};
 use crate::checkpoint::{Checkpoint, LlamaConfig};
-use crate::comm::Communicator;
+use crate::comm::{Communicator, Room};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::host::HostMatrix;
@@ -73,6 +73,11 @@ pub struct Model<B: Backend> {
     norm: RmsNorm<B>,
     head: ParallelLmHead<B>,
     workspace: Workspace<B::Tensor>,
+    /// Whether output projections are gathered: see [`LoadOptions::tp_invariant`].
+    gathers: bool,
+    /// What steps all ranks have room for, and how many rows of whole logits.
+    room: Room<5>,
+    whole_rows: Room<1>,
 }
 
 impl<B: Backend> Model<B> {
@@ -113,6 +118,9 @@ impl<B: Backend> Model<B> {
             norm,
             head,
             workspace: Workspace::new(rank, &config.dims)?,
+            gathers: options.tp_invariant && part.tp > 1,
+            room: Room::default(),
+            whole_rows: Room::default(),
         })
     }
 
@@ -176,6 +184,7 @@ impl<B: Backend> Model<B> {
     ) -> Result<(&B::Tensor, &ParallelLmHead<B>)> {
         batch.check(&self.limits(kv))?;
         let tables = self.rope.tables(batch);
+        self.make_room(rank, batch)?;
         let plan = rank.backend.plan(batch, tables, kv.shape.block_size)?;
         let ws = &mut self.workspace;
         ws.set_rows(rank.backend, batch.rows(), batch.logits_rows.len())?;
@@ -218,13 +227,63 @@ impl<B: Backend> Model<B> {
         Ok((&ws.logits, &self.head))
     }
 
+    /// Takes what memory the step of `batch` needs beyond that of all before, before its first
+    /// collective: see [`Room`].
+    fn make_room<C: Communicator<B>>(
+        &mut self,
+        rank: &mut Rank<'_, B, C>,
+        batch: &Batch,
+    ) -> Result<()> {
+        let StepSize {
+            rows,
+            logits_rows,
+            sequences,
+            blocks,
+            context,
+        } = StepSize::of(batch).rounded_up();
+        let heads = HeadShard::new(&self.dims, self.part.tp, self.part.rank);
+        let heads = HeadCounts {
+            q: heads.q.len(),
+            kv: heads.kv.len(),
+            head_dim: self.dims.head_dim,
+        };
+        // A whole input of a projection, and this rank's columns of its output.
+        let columns = [
+            (self.dims.num_attention_heads * self.dims.head_dim).max(self.dims.intermediate_size),
+            self.part.of(self.dims.hidden_size).len(),
+        ];
+        let columns: &[usize] = if self.gathers { &columns } else { &[] };
+        let workspace = &mut self.workspace;
+        let (comm, backend) = (&mut *rank.comm, &mut *rank.backend);
+        let wanted = [rows, logits_rows, sequences, blocks, context];
+        self.room.make(comm, backend, wanted, |backend, sizes| {
+            let [rows, logits_rows, sequences, blocks, context] = sizes;
+            let size = StepSize {
+                rows,
+                logits_rows,
+                sequences,
+                blocks,
+                context,
+            };
+            workspace.set_rows(backend, rows, logits_rows)?;
+            backend.reserve(&size, heads, columns)
+        })
+    }
+
     /// All ranks' logits of the last [`Self::forward`]: `[logits_rows, vocab]`, row-major.
     pub fn gather_logits<C: Communicator<B>>(
         &mut self,
         rank: &mut Rank<'_, B, C>,
         rows: usize,
     ) -> Result<Vec<f32>> {
-        let mut all = rank.backend.logits(rows, self.dims.vocab_size)?;
+        let vocab = self.dims.vocab_size;
+        let (comm, backend) = (&mut *rank.comm, &mut *rank.backend);
+        // The room is what is left of them.
+        self.whole_rows
+            .make(comm, backend, [rows], |backend, [rows]| {
+                backend.logits(rows, vocab).map(drop)
+            })?;
+        let mut all = rank.backend.logits(rows, vocab)?;
         self.head.gather(rank, &self.workspace.logits, &mut all)?;
         rank.backend.read(&all)
     }

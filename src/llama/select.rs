@@ -33,14 +33,15 @@ pub fn select<B: Backend, C: Communicator<B>>(
         .collect();
     let mut tokens = vec![0; rows.len()];
     while !open.is_empty() {
-        let words = rank.backend.records(logits, shard.ids.start, &open)?;
-        let all = rank.comm.all_gather_words(rank.backend, &words)?;
+        let words: usize = open.iter().map(|wanted| wanted.record.words()).sum();
+        let (backend, comm) = (&mut *rank.backend, &mut *rank.comm);
+        let all = comm.gather_records(backend, logits, &shard, &open)?;
         let mut at = 0;
         let mut next = Vec::new();
         for wanted in open {
             let size = wanted.record.words();
             let gathered: Vec<_> = all
-                .chunks_exact(words.len())
+                .chunks_exact(words)
                 .map(|words| &words[at..at + size])
                 .collect();
             at += size;

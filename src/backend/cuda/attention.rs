@@ -4,10 +4,11 @@ use super::abi::{self, AttentionParams};
 use super::kv::{KvLayer, padded};
 use super::launch::Launch;
 use super::module::{Family, Kernels};
-use super::plan::CudaPlan;
-use super::view::{Rows, RowsMut, count};
+use super::plan::{CudaPlan, Items};
+use super::tensor::out_of_memory;
+use super::view::{RowLayout, Rows, RowsMut, count};
 use super::{DeviceBuffer, DevicePool, Stream, Work};
-use crate::backend::HeadCounts;
+use crate::backend::{HeadCounts, StepSize};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::llama::Batch;
@@ -40,15 +41,47 @@ impl AttentionScratch {
         })
     }
 
+    /// Room for any batch of up to this size.
+    pub(super) fn reserve(
+        &mut self,
+        stream: &Stream,
+        size: &StepSize,
+        heads: HeadCounts,
+    ) -> Result<()> {
+        let most = Items::at_most(size);
+        let partials = partial_bytes(most.partial_rows * heads.q, padded(heads.head_dim));
+        self.grow(stream, partials, arrival_bytes(&most, heads))
+    }
+
     fn grow(&mut self, stream: &Stream, partials: usize, arrivals: usize) -> Result<()> {
+        let full = |e, bytes: usize| {
+            let layout = RowLayout::contiguous(DType::F32, bytes / size_of::<f32>(), 1);
+            out_of_memory(e, "partial results of attention", &layout, &self.pool)
+        };
         if self.partials.len() < partials {
-            self.partials = self.pool.buffer(partials)?;
+            self.partials = self.pool.buffer(partials).map_err(|e| full(e, partials))?;
         }
         if self.arrivals.len() < arrivals {
-            self.arrivals = self.pool.zeros(arrivals, stream)?;
+            let zeros = self.pool.zeros(arrivals, stream);
+            self.arrivals = zeros.map_err(|e| full(e, arrivals))?;
         }
         Ok(())
     }
+}
+
+/// Bytes of so many partial results, each of a query vector, and their two statistics.
+fn partial_bytes(results: usize, padded: usize) -> usize {
+    size_of::<f32>() * results * (padded + 2)
+}
+
+/// Tiles of query vectors that the largest item has for a KV head.
+fn tiles(items: &Items, heads: HeadCounts) -> usize {
+    let group = heads.q / heads.kv.max(1);
+    (items.most_rows * group).div_ceil(abi::kAttentionQueries as usize)
+}
+
+fn arrival_bytes(items: &Items, heads: HeadCounts) -> usize {
+    size_of::<u32>() * items.splits * heads.kv * tiles(items, heads)
 }
 
 /// Bytes of dynamic shared memory of a block: the parts of `Shared` in the kernel.
@@ -94,14 +127,12 @@ pub fn attention(
     if items.list.is_empty() || heads.q == 0 {
         return Ok(());
     }
-    let (group, wide) = (heads.q / heads.kv, padded(d));
-    let tiles = (items.most_rows * group).div_ceil(abi::kAttentionQueries as usize);
+    let (tiles, wide) = (tiles(items, heads), padded(d));
     let results = items.partial_rows * heads.q;
-    let arrivals = items.splits * heads.kv * tiles;
     scratch.grow(
         stream,
-        size_of::<f32>() * results * (wide + 2),
-        size_of::<u32>() * arrivals,
+        partial_bytes(results, wide),
+        arrival_bytes(items, heads),
     )?;
     let head_aligned = (d * layout.dtype.size()).is_multiple_of(16);
     let params = AttentionParams {

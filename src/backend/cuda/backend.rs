@@ -7,19 +7,25 @@ use super::tensor::out_of_memory;
 use super::upload::Staging;
 use super::view::RowLayout;
 use super::{
-    AttentionScratch, Context, CudaKvPages, CudaMatrix, CudaPlan, CudaTensor, DeviceBuffer,
-    DevicePool, DeviceSlice, GemmEpilogue, Kernels, Rows, Stream,
+    AttentionScratch, BUFFER_ALIGN, Context, CudaKvPages, CudaMatrix, CudaPlan, CudaTensor,
+    DeviceBuffer, DevicePool, DeviceSlice, GemmEpilogue, Kernels, RecordsSize, Rows, Stream,
 };
-use crate::backend::{Backend, Epilogue, HeadCounts, KvShape, Layout, RopeTables, WantedRecord};
+use crate::backend::{
+    Backend, Epilogue, HeadCounts, KvShape, Layout, RopeTables, StepSize, WantedRecord,
+};
+use crate::comm::Room;
+use crate::comm::p2p::P2pComm;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::host::HostMatrix;
 use crate::llama::Batch;
 
-/// Bytes of the slab that activations and metadata of steps come from. It is taken at once: the
-/// driver may wait for every device that reaches the memory when it allocates, and one of them may
-/// be spinning on this rank. Batches that need more allocate more, when they first come.
-const STEP_SLAB: usize = 128 << 20;
+/// Bytes of the slabs that the memory of steps comes from: activations, which stay and grow, and
+/// what comes and goes within a step. Both are taken at once: the driver may wait for every device
+/// that reaches the memory when it allocates, and one of them may be spinning on this rank. Batches
+/// that need more take more, before they run: [`Backend::reserve`].
+const STEP_SLAB: usize = 112 << 20;
+const PASSING_SLAB: usize = 16 << 20;
 
 /// Bytes of a slab of weights; larger ones have slabs of their own.
 const WEIGHT_SLAB: usize = 32 << 20;
@@ -31,8 +37,10 @@ const WEIGHT_SLAB: usize = 32 << 20;
 #[derive(Debug)]
 pub struct CudaBackend {
     stream: Arc<Stream>,
-    /// Of steps.
+    /// Of steps: what stays from one to the next.
     pool: DevicePool,
+    /// Of steps: what comes and goes within one, the last first.
+    passing: DevicePool,
     /// Of weights and KV cache.
     weights: DevicePool,
     kernels: Kernels,
@@ -40,6 +48,8 @@ pub struct CudaBackend {
     scratch: AttentionScratch,
     /// For weights; made with the first.
     staging: Option<Staging>,
+    /// What records all ranks have room for.
+    records: Room<4>,
 }
 
 impl CudaBackend {
@@ -60,17 +70,29 @@ impl CudaBackend {
     /// As [`Self::with`].
     pub fn with_kernels(stream: Arc<Stream>, kernels: Kernels, dtype: DType) -> Result<Self> {
         let pool = DevicePool::new(stream.context(), STEP_SLAB);
-        Self::with(stream, pool, kernels, dtype)
+        let passing = DevicePool::new(stream.context(), PASSING_SLAB);
+        Self::of(stream, pool, passing, kernels, dtype)
     }
 
-    /// As [`Self::new`], with memory of steps from `pool` and kernels that are loaded: both of the
-    /// stream's device.
+    /// As [`Self::new`], with activations from `pool`, what passes within a step from slabs of its
+    /// length, and kernels that are loaded: all of the stream's device.
     ///
     /// # Errors
     /// [`Error::Shape`] if they are of different devices; memory.
     pub fn with(
         stream: Arc<Stream>,
         pool: DevicePool,
+        kernels: Kernels,
+        dtype: DType,
+    ) -> Result<Self> {
+        let passing = DevicePool::new(stream.context(), pool.slab_len());
+        Self::of(stream, pool, passing, kernels, dtype)
+    }
+
+    fn of(
+        stream: Arc<Stream>,
+        pool: DevicePool,
+        passing: DevicePool,
         kernels: Kernels,
         dtype: DType,
     ) -> Result<Self> {
@@ -85,14 +107,17 @@ impl CudaBackend {
             }
         }
         let scratch = AttentionScratch::new(&pool)?;
+        passing.reserve(1)?;
         Ok(Self {
             weights: DevicePool::new(stream.context(), WEIGHT_SLAB),
             stream,
             pool,
+            passing,
             kernels,
             dtype,
             scratch,
             staging: None,
+            records: Room::default(),
         })
     }
 
@@ -101,9 +126,14 @@ impl CudaBackend {
         &self.stream
     }
 
-    /// Where the memory of its steps comes from.
+    /// Where the memory of its steps comes from that stays from one to the next.
     pub fn pool(&self) -> &DevicePool {
         &self.pool
+    }
+
+    /// Where the memory of its steps comes from that goes before they end: the last first.
+    pub fn passing(&self) -> &DevicePool {
+        &self.passing
     }
 
     /// The device.
@@ -114,6 +144,32 @@ impl CudaBackend {
     /// The type of activations, weights and KV cache.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Takes memory for records of this size, as all ranks of `comm` do.
+    pub(crate) fn reserve_records(&mut self, comm: &mut P2pComm, size: RecordsSize) -> Result<()> {
+        let ranks = comm.world_size();
+        let mut room = self.records;
+        let wanted = [size.records, size.words, size.ids, size.edited];
+        let made = room.make(comm, self, wanted, |backend, sizes| {
+            let [records, words, ids, edited] = sizes;
+            let size = RecordsSize {
+                records,
+                words,
+                ids,
+                edited,
+            };
+            backend.reserve_passing("records of candidates", size.bytes_at_most(ranks))
+        });
+        self.records = room;
+        made
+    }
+
+    /// Takes so many bytes for what passes within a step.
+    fn reserve_passing(&self, what: &str, bytes: usize) -> Result<()> {
+        let taken = self.passing.reserve(bytes);
+        let layout = RowLayout::contiguous(DType::F32, bytes.div_ceil(4), 1);
+        taken.map_err(|e| out_of_memory(e, what, &layout, &self.passing))
     }
 
     fn check_dtype(&self, what: &str, dtype: DType) -> Result<()> {
@@ -133,7 +189,7 @@ impl CudaBackend {
     }
 
     fn zeros(&self, dtype: DType, rows: usize, cols: usize) -> Result<CudaTensor> {
-        CudaTensor::zeros(&self.pool, &self.stream, dtype, rows, cols)
+        CudaTensor::zeros(&self.passing, &self.stream, dtype, rows, cols)
     }
 }
 
@@ -212,9 +268,21 @@ impl Backend for CudaBackend {
         CudaKvPages::new(&self.weights, &self.stream, shape)
     }
 
+    fn reserve(&mut self, size: &StepSize, heads: HeadCounts, columns: &[usize]) -> Result<()> {
+        self.scratch.reserve(&self.stream, size, heads)?;
+        let mut bytes =
+            CudaPlan::bytes_at_most(size, heads.head_dim).next_multiple_of(BUFFER_ALIGN);
+        for &cols in columns {
+            let tensor = RowLayout::contiguous(self.dtype, size.rows, cols);
+            let tensor = tensor.bytes().unwrap_or(usize::MAX);
+            bytes = bytes.saturating_add(tensor.saturating_add(BUFFER_ALIGN));
+        }
+        self.reserve_passing("what passes within a step", bytes)
+    }
+
     fn plan(&mut self, batch: &Batch, rope: RopeTables, block_size: usize) -> Result<CudaPlan> {
         CudaPlan::new(
-            &self.pool,
+            &self.passing,
             &self.stream,
             batch,
             &rope,
@@ -398,7 +466,7 @@ impl Backend for CudaBackend {
         first_id: usize,
         wanted: &[WantedRecord<'_>],
     ) -> Result<Vec<u32>> {
-        let (kernels, stream, pool) = (&self.kernels, &self.stream, &self.pool);
+        let (kernels, stream, pool) = (&self.kernels, &self.stream, &self.passing);
         super::sampling_records(kernels, stream, pool, logits.rows()?, first_id, wanted)
     }
 

@@ -131,6 +131,25 @@ impl DevicePool {
         &self.context
     }
 
+    /// Bytes of a slab: see [`Self::new`].
+    pub fn slab_len(&self) -> usize {
+        self.slab_len
+    }
+
+    /// Takes memory now that buffers need later, if they have no more than `len` bytes together, each
+    /// rounded up to [`BUFFER_ALIGN`], and go in the reverse of the order in which they come: such
+    /// buffers are cut from the front of one piece, so that what is left of it is whole. No others
+    /// may be made from the pool then. Without slabs it does nothing: every buffer is on its own.
+    ///
+    /// # Errors
+    /// As [`Self::buffer`].
+    pub fn reserve(&self, len: usize) -> Result<()> {
+        match self.slab_len {
+            0 => Ok(()),
+            _ => self.buffer(len).map(drop),
+        }
+    }
+
     /// A buffer of `len` bytes, whatever they hold, at a multiple of [`BUFFER_ALIGN`].
     ///
     /// # Errors
@@ -161,7 +180,13 @@ impl DevicePool {
         let address = match found {
             Some(address) => address,
             None => {
-                let slab = Slab::new(&self.context, whole.max(self.slab_len))?;
+                let slab = match Slab::new(&self.context, whole.max(self.slab_len)) {
+                    // Perhaps there is less left than a slab, and yet enough.
+                    Err(Error::OutOfMemory(_)) if whole < self.slab_len => {
+                        Slab::new(&self.context, whole)?
+                    }
+                    slab => slab?,
+                };
                 let address = slab.address;
                 let mut shared = Shared {
                     free: Vec::new(),

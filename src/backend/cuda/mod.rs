@@ -88,6 +88,7 @@ pub use pinned::Pinned;
 pub use plan::{CudaPlan, SPLIT_ROWS};
 pub use rope::{rope_append, rope_append_work};
 pub use rows::{add_bias, gather_rows, gather_rows_work};
+pub(crate) use sampling::RecordsSize;
 pub use sampling::sampling_records;
 pub use stream::Stream;
 pub use tensor::{CudaMatrix, CudaTensor};

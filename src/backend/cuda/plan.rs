@@ -4,9 +4,11 @@ use std::ops::Range;
 
 use super::abi::{self, AttentionItem};
 use super::rope::{DeviceTables, no_tables};
+use super::tensor::out_of_memory;
 use super::view::RowLayout;
 use super::{DeviceBuffer, DevicePool, DeviceSlice, Stream};
-use crate::backend::{HeadCounts, KvShape, RopeTables};
+use crate::backend::{HeadCounts, KvShape, RopeTables, StepSize};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::llama::{Batch, Limits};
 
@@ -56,6 +58,23 @@ pub(super) struct Items {
 }
 
 impl Items {
+    /// No batch of up to this size has more, with [`SPLIT_ROWS`]; the list is left empty.
+    pub(super) fn at_most(size: &StepSize) -> Self {
+        let (most, chunk) = (abi::kAttentionRows as usize, abi::kAttentionChunk as usize);
+        let chunks = size.context.div_ceil(chunk);
+        let partial_rows = match chunks {
+            0 | 1 => 0,
+            _ => size.rows.saturating_mul(chunks).min(SPLIT_ROWS),
+        };
+        Self {
+            list: Vec::new(),
+            most_rows: size.rows.min(most),
+            partial_rows,
+            // A split leaves two rows at least.
+            splits: size.sequences.min(partial_rows / 2),
+        }
+    }
+
     /// The items of a checked batch: up to [`abi::kAttentionRows`] rows each. A sequence with no
     /// more new rows than that is split by chunks of its context, the longest first, as long as
     /// no more than `split_rows` rows of results come of it.
@@ -118,6 +137,23 @@ impl Items {
 }
 
 impl CudaPlan {
+    /// No plan of a step of up to this size takes more bytes.
+    pub(super) fn bytes_at_most(size: &StepSize, head_dim: usize) -> usize {
+        let most = Items::at_most(size);
+        // Whole items have as many rows as they can, but for the last of each sequence; of those
+        // that are split, each leaves a row at least.
+        let whole = size.rows / abi::kAttentionRows as usize + size.sequences;
+        let items = (whole + most.partial_rows) * size_of::<AttentionItem>();
+        // Token and slot; two angles a pair.
+        let a_row = 3 + 2 * (head_dim / 2);
+        let words = size.rows.saturating_mul(a_row) + size.logits_rows + size.blocks;
+        // Each of the parts but the first may begin up to three words later.
+        words
+            .saturating_add(6 * 3)
+            .saturating_mul(4)
+            .saturating_add(items)
+    }
+
     /// Looks everything up, after checking that the batch fits together, whatever the model: the
     /// kernels index by it. `split_rows` is [`SPLIT_ROWS`], or anything else: results do not
     /// depend on it.
@@ -153,33 +189,12 @@ impl CudaPlan {
         let blocks = named.map_or(0, |&block| block as usize + 1);
         let items = Items::new(batch, split_rows);
 
-        let mut image: Vec<u32> = Vec::new();
-        let mut put = |part: &[u32]| {
-            image.resize(image.len().next_multiple_of(4), 0);
-            let start = image.len();
-            image.extend_from_slice(part);
-            start..image.len()
-        };
-        let slots: Vec<u32> = (0..batch.sequences())
-            .flat_map(|sequence| {
-                let table = &batch.block_tables[sequence];
-                batch.rows_of(sequence).flat_map(move |row| {
-                    let position = batch.positions[row] as usize;
-                    [table[position / block_size], (position % block_size) as u32]
-                })
-            })
-            .collect();
-        let words = Words {
-            token_ids: put(&batch.token_ids),
-            slots: put(&slots),
-            logits_rows: put(&batch.logits_rows),
-            tables: put(&batch.block_tables.concat()),
-            items: put(&words_of(&items.list)),
-            cos: put(bytemuck::cast_slice(&rope.cos)),
-            sin: put(bytemuck::cast_slice(&rope.sin)),
-        };
+        let (image, words) = image(batch, rope, block_size, &items);
         Ok(Self {
-            buffer: pool.upload(&image, stream)?,
+            buffer: pool.upload(&image, stream).map_err(|e| {
+                let layout = RowLayout::contiguous(DType::F32, image.len(), 1);
+                out_of_memory(e, "the plan of a batch", &layout, pool)
+            })?,
             words,
             rows: batch.rows(),
             logits_rows: batch.logits_rows.len(),
@@ -297,6 +312,36 @@ impl CudaPlan {
     }
 }
 
+/// The words of a plan, and where its parts are in them.
+fn image(batch: &Batch, rope: &RopeTables, block_size: usize, items: &Items) -> (Vec<u32>, Words) {
+    let mut image: Vec<u32> = Vec::new();
+    let mut put = |part: &[u32]| {
+        image.resize(image.len().next_multiple_of(4), 0);
+        let start = image.len();
+        image.extend_from_slice(part);
+        start..image.len()
+    };
+    let slots: Vec<u32> = (0..batch.sequences())
+        .flat_map(|sequence| {
+            let table = &batch.block_tables[sequence];
+            batch.rows_of(sequence).flat_map(move |row| {
+                let position = batch.positions[row] as usize;
+                [table[position / block_size], (position % block_size) as u32]
+            })
+        })
+        .collect();
+    let words = Words {
+        token_ids: put(&batch.token_ids),
+        slots: put(&slots),
+        logits_rows: put(&batch.logits_rows),
+        tables: put(&batch.block_tables.concat()),
+        items: put(&words_of(&items.list)),
+        cos: put(bytemuck::cast_slice(&rope.cos)),
+        sin: put(bytemuck::cast_slice(&rope.sin)),
+    };
+    (image, words)
+}
+
 /// The items as words.
 fn words_of(items: &[AttentionItem]) -> Vec<u32> {
     let words = |i: &AttentionItem| {
@@ -366,6 +411,44 @@ mod tests {
             }
             assert_eq!(seen, vec![5040; batch.rows()], "budget {budget}");
             assert_eq!(partials, vec![1; items.partial_rows], "budget {budget}");
+        }
+    }
+
+    /// What is taken before a step is enough for it, whatever its batch.
+    #[test]
+    fn no_plan_is_larger_than_its_size_allows() {
+        let mut seed = 1_usize;
+        let mut below = |n: usize| {
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % n
+        };
+        for _ in 0..500 {
+            let parts: Vec<_> = (0..below(9))
+                .map(|_| {
+                    let (lengths, rows) = ([3, 20, 300, 3000][below(4)], [1, 17, 400][below(3)]);
+                    let to = below(lengths);
+                    (to - below(to + 1).min(rows), to)
+                })
+                .collect();
+            let batch = batch(&parts);
+            let (size, most) = (StepSize::of(&batch), Items::at_most(&StepSize::of(&batch)));
+            let items = Items::new(&batch, SPLIT_ROWS);
+            assert!(items.most_rows <= most.most_rows, "{parts:?}");
+            assert!(items.partial_rows <= most.partial_rows, "{parts:?}");
+            assert!(items.splits <= most.splits, "{parts:?}");
+            let rope = RopeTables {
+                cos: vec![0.0; batch.rows() * 5],
+                sin: vec![0.0; batch.rows() * 5],
+            };
+            let (image, _) = image(&batch, &rope, 16, &items);
+            let bytes = CudaPlan::bytes_at_most(&size, 10);
+            assert!(
+                4 * image.len() <= bytes,
+                "{parts:?}: {} of {bytes}",
+                4 * image.len()
+            );
         }
     }
 }

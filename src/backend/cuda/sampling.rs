@@ -4,16 +4,59 @@ use super::abi::{self, RecordRequest, RecordsParams};
 use super::launch::Launch;
 use super::module::{Family, Kernels};
 use super::view::{Rows, count};
-use super::{DevicePool, Stream};
+use super::{BUFFER_ALIGN, DevicePool, Stream};
 use crate::backend::WantedRecord;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::llama::sampling::{Candidate, Record};
+use crate::shard::VocabShard;
 
 pub(super) const FAMILY: Family = Family {
     name: "sampling",
     kernels: &["sampling_records"],
 };
+
+/// What decides how much memory records take, on any of the ranks that gather them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RecordsSize {
+    pub(crate) records: usize,
+    /// Of all records of a rank.
+    pub(crate) words: usize,
+    /// Penalised and banned.
+    pub(crate) ids: usize,
+    /// Logits of the rows that have such ids, on the rank with most.
+    pub(crate) edited: usize,
+}
+
+impl RecordsSize {
+    /// Somewhat more than these need, so that not every new id of a list makes a size that was not
+    /// seen before.
+    pub(crate) fn of(wanted: &[WantedRecord<'_>], shard: &VocabShard) -> Self {
+        let records = wanted.len().next_multiple_of(16);
+        let words: usize = wanted.iter().map(|w| w.record.words()).sum();
+        let listed = |w: &WantedRecord<'_>| w.sample.penalized.len() + w.sample.banned.len();
+        let ids: usize = wanted.iter().map(listed).sum();
+        Self {
+            records,
+            words: words.next_power_of_two(),
+            ids: ids.next_power_of_two(),
+            edited: match ids {
+                0 => 0,
+                _ => records.saturating_mul(shard.padded_rows),
+            },
+        }
+    }
+
+    /// No records of up to this size take more bytes, those that `ranks` ranks gather included.
+    pub(super) fn bytes_at_most(&self, ranks: usize) -> usize {
+        let words = self.words.saturating_mul(ranks + 2);
+        let words = words.saturating_add(self.ids).saturating_add(self.edited);
+        let requests = self.records * size_of::<RecordRequest>();
+        words
+            .saturating_mul(size_of::<u32>())
+            .saturating_add(requests + 6 * BUFFER_ALIGN)
+    }
+}
 
 /// The records from which ranks choose tokens together (see [`crate::llama::sampling`]), one after
 /// another: of rows of `logits` in f32, this rank's part of the vocabulary from `first_id` on. The

@@ -436,6 +436,25 @@ impl P2pComm {
         Err(self.fail().into())
     }
 
+    /// Returns when all ranks have come here, and what this one has put into its stream is done: its
+    /// device can be waited for then, as taking memory does.
+    ///
+    /// # Errors
+    /// Why the group has ended: the same on all ranks. A rank that does not come is waited for as
+    /// long as its stream would be.
+    pub fn meet(&mut self) -> Result<()> {
+        self.synchronize()?;
+        match self.host.barrier() {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.fail().into()),
+        }
+    }
+
+    /// How often the group has been rebuilt.
+    pub fn rebuilds(&self) -> u64 {
+        self.host.generation()
+    }
+
     /// Ends the group because of an error of this rank: all others get
     /// [`CommError::RankFailed`] with `cause`, those that wait at once. If the group has failed
     /// already, that cause stands.

@@ -1,10 +1,12 @@
 //! Ranks on devices as a model sees them: collectives on tensors of the CUDA backend.
 
 use super::P2pComm;
-use crate::backend::cuda::{CudaBackend, CudaTensor};
+use crate::backend::cuda::{CudaBackend, CudaTensor, RecordsSize};
+use crate::backend::{Backend, WantedRecord};
 use crate::comm::Communicator;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::shard::VocabShard;
 
 /// A backend whose stream is not the handle's would race with the collectives.
 fn same_stream(comm: &P2pComm, backend: &CudaBackend) -> Result<()> {
@@ -63,7 +65,7 @@ impl Communicator<CudaBackend> for P2pComm {
 
     fn all_gather_words(&mut self, backend: &mut CudaBackend, words: &[u32]) -> Result<Vec<u32>> {
         same_stream(self, backend)?;
-        let (stream, pool) = (backend.stream(), backend.pool());
+        let (stream, pool) = (backend.stream(), backend.passing());
         let input = pool.upload(words, stream)?;
         let mut all = vec![0; words.len() * P2pComm::world_size(self)];
         let mut out = pool.buffer(size_of_val(all.as_slice()))?;
@@ -73,6 +75,28 @@ impl Communicator<CudaBackend> for P2pComm {
         self.synchronize()?;
         stream.download(out.as_ref(), &mut all)?;
         Ok(all)
+    }
+
+    fn gather_records(
+        &mut self,
+        backend: &mut CudaBackend,
+        logits: &CudaTensor,
+        shard: &VocabShard,
+        wanted: &[WantedRecord<'_>],
+    ) -> Result<Vec<u32>> {
+        same_stream(self, backend)?;
+        backend.reserve_records(self, RecordsSize::of(wanted, shard))?;
+        let words = backend.records(logits, shard.ids.start, wanted)?;
+        self.all_gather_words(backend, &words)
+    }
+
+    fn generation(&self) -> u64 {
+        self.rebuilds()
+    }
+
+    fn meet(&mut self, backend: &mut CudaBackend) -> Result<()> {
+        same_stream(self, backend)?;
+        P2pComm::meet(self)
     }
 
     fn abort(&mut self, cause: &str) {
