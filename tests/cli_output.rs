@@ -84,6 +84,8 @@ fn json_has_a_line_for_each_prompt_in_their_order() {
         "decode: 8 tokens",
         "tokens/s",
         "collectives",
+        "memory of rank 0: weights ",
+        " + KV cache ",
     ] {
         assert!(ran.stderr.contains(word), "{word} is not in {}", ran.stderr);
     }

@@ -15,6 +15,8 @@ use model_support::{Result, batch, fixture, load};
 use ringtp::generate::{Completion, Llm, LlmBuilder, SamplingParams};
 use ringtp::llama::{GroupOptions, StepHook};
 use ringtp::{DType, Error};
+use safetensors::SafeTensors;
+use serde_json::Value;
 
 test_driver::also_on_a_real_driver!();
 
@@ -127,6 +129,9 @@ fn the_command_line_names_devices() {
         let cuda = run(more);
         assert_eq!(cuda.code, 0, "{more:?}: {}", cuda.stderr);
         assert_eq!(cuda.stdout, cpu.stdout, "{more:?}");
+        let last = if more.contains(&"1,1") { 1 } else { 0 };
+        let words = format!("memory of rank 0 (CUDA device {last}): weights ");
+        assert!(cuda.stderr.contains(&words), "{words} in {}", cuda.stderr);
     }
     for (more, words) in [
         (&["--devices", "0,999"][..], "CUDA device"),
@@ -144,6 +149,43 @@ fn the_command_line_names_devices() {
             refused.stderr
         );
     }
+}
+
+#[test]
+fn logits_of_the_command_line_are_those_of_the_cpu() -> Result {
+    let Some(_driver) = test_driver::take() else {
+        return Ok(());
+    };
+    let dir = tempfile::tempdir()?;
+    let logits = |name: &str, more: &[&str]| -> Result<(Value, Vec<f32>)> {
+        let out = dir.path().join(name);
+        let file = out.to_str().ok_or("UTF-8")?;
+        let common = [
+            "--ids",
+            "1,2,3,4,5",
+            "--dtype",
+            "f32",
+            "--json",
+            "--out",
+            file,
+        ];
+        let args: Vec<_> = common.iter().chain(more).copied().collect();
+        let ran = ringtp("logits", &fixture("mha"), &args);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let bytes = std::fs::read(&out)?;
+        let tensors = SafeTensors::deserialize(&bytes)?;
+        let values = bytemuck::pod_collect_to_vec(tensors.tensor("logits")?.data());
+        Ok((serde_json::from_str(&ran.stdout)?, values))
+    };
+    let (_, cpu) = logits("cpu", &["--tp", "3"])?;
+    let (told, cuda) = logits("cuda", &["--devices", "0,0,1"])?;
+    assert_eq!(told["tp"], 3);
+    assert_eq!(cuda.len(), cpu.len());
+    let least = cpu.iter().copied().fold(f32::INFINITY, f32::min);
+    let range = cpu.iter().copied().fold(f32::NEG_INFINITY, f32::max) - least;
+    let close = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-4 * range;
+    assert!(cuda.iter().zip(&cpu).all(close));
+    Ok(())
 }
 
 /// Device 1 has no room: an error of the whole group that names it, before anything hangs; with the

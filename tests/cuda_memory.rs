@@ -1,5 +1,6 @@
-//! Memory on devices: steps take more of it only while no rank waits for another, and a device that
-//! is full in the middle is an error of all ranks, after which a group that is rebuilt answers.
+//! Memory on devices: what ranks say they have is what the driver gave; steps take more of it only
+//! while no rank waits for another; and a device that is full in the middle is an error of all ranks,
+//! after which a group that is rebuilt answers.
 #![cfg(feature = "cuda")]
 
 mod model_support;
@@ -8,12 +9,16 @@ mod p2p_support;
 use std::time::Duration;
 
 use model_support::{Result, batch, bits, load, open, some_ids};
-use ringtp::backend::cuda::{Context, CudaBackend, CudaTensor, DevicePool};
+use ringtp::backend::KvShape;
+use ringtp::backend::cuda::{
+    BUFFER_ALIGN, Context, CudaBackend, CudaKvPages, CudaTensor, DevicePool,
+};
 use ringtp::checkpoint::Checkpoint;
 use ringtp::comm::p2p::{P2pComm, P2pGroup};
 use ringtp::comm::{CommError, Communicator};
 use ringtp::layers::Rank;
-use ringtp::llama::{Batch, GroupOptions, KvCache, LoadOptions, Model, SampleRow, select};
+use ringtp::llama::{Batch, Group, GroupOptions, KvCache, LoadOptions, Model, SampleRow, select};
+use ringtp::shard::{HeadShard, ShardPlan, TensorPlan};
 use ringtp::{DType, Error};
 
 test_driver::also_on_a_real_driver!();
@@ -198,6 +203,86 @@ fn without_the_meetings_a_late_rank_is_waited_for_in_vain() -> Result {
         engine.prompt(160).err()
     });
     assert!(errors.iter().any(Option::is_some), "{errors:?}");
+    Ok(())
+}
+
+/// What a group says it has of a device's memory is what the driver says is gone, before steps and
+/// after them, also where ranks share a device.
+#[test]
+fn memory_by_kind_adds_up_to_what_the_driver_gave() -> Result {
+    let Some(_driver) = test_driver::take() else {
+        return Ok(());
+    };
+    if !test_driver::is_virtual() {
+        test_driver::skipped("a real driver rounds, and loads kernels into the same memory");
+        return Ok(());
+    }
+    let devices = [0, 0, 1];
+    let checkpoint = open("mha")?;
+    let free = || -> Result<[usize; 2]> {
+        Ok([Context::new(0)?.memory()?.0, Context::new(1)?.memory()?.0])
+    };
+    let before = free()?;
+    let (dtype, block_size, num_blocks) = (DType::Bf16, 16, 40);
+    let mut group = Group::load(
+        checkpoint.clone(),
+        GroupOptions {
+            tp: devices.len(),
+            devices: Some(devices.to_vec()),
+            dtype: Some(dtype),
+            num_blocks: Some(num_blocks),
+            ..Default::default()
+        },
+    )?;
+    let dims = checkpoint.config().dims;
+    let plan = ShardPlan::new(&dims, devices.len())?;
+    for rows in [0, 5, 60] {
+        if rows > 0 {
+            group.forward(&batch(
+                &some_ids(dims.vocab_size, 1, rows),
+                0,
+                rows,
+                &[3, 1, 0, 2],
+            ))?;
+        }
+        let after = free()?;
+        for device in [0, 1] {
+            let ranks = (0..devices.len()).filter(|&rank| devices[rank] == device);
+            let total: usize = ranks.map(|rank| group.memory()[rank].total()).sum();
+            assert_eq!(total, before[device] - after[device], "device {device}");
+        }
+    }
+    for (rank, memory) in group.memory().iter().enumerate() {
+        let shape = KvShape {
+            num_layers: dims.num_hidden_layers,
+            num_blocks,
+            block_size,
+            num_kv_heads: HeadShard::new(&dims, devices.len(), rank).kv.len(),
+            head_dim: dims.head_dim,
+            dtype,
+        };
+        let bytes = CudaKvPages::bytes_of(&shape).ok_or("a size")?;
+        assert_eq!(
+            memory.kv_cache,
+            bytes.next_multiple_of(BUFFER_ALIGN),
+            "rank {rank}"
+        );
+        // Matrices in bf16 and vectors in f32; each tensor may be rounded up, and each row of it.
+        let needed = |tensor: &TensorPlan| {
+            let size = if tensor.shape.len() == 1 { 4 } else { 2 };
+            tensor.elements(rank) * size
+        };
+        let padding = |tensor: &TensorPlan| BUFFER_ALIGN + 16 * tensor.shape[0];
+        let least: usize = plan.tensors().iter().map(needed).sum();
+        let most = least + plan.tensors().iter().map(padding).sum::<usize>();
+        assert!(
+            (least..=most).contains(&memory.weights),
+            "rank {rank}: {} for {least} to {most}",
+            memory.weights
+        );
+    }
+    drop(group);
+    assert_eq!(free()?, before, "all of it comes back");
     Ok(())
 }
 

@@ -146,15 +146,18 @@ fn child() -> Result {
         loaded
     })?;
     let peak = peak.into_inner().max(rss_anon()?);
-    println!("FIGURES {before} {peak} {}", rss_anon()?);
+    let memory = groups.iter().flat_map(Group::memory);
+    let weights: usize = memory.map(|rank| rank.weights).sum();
+    println!("FIGURES {before} {peak} {} {weights}", rss_anon()?);
     Ok(())
 }
 
-/// Anonymous memory before, at its peak, and after.
+/// Anonymous memory before, at its peak, and after; what the ranks say that they have of weights.
 struct Figures {
     before: u64,
     peak: u64,
     after: u64,
+    weights: u64,
 }
 
 /// Loads in a process of its own.
@@ -168,17 +171,18 @@ fn measure(dir: &Path, dtype: DType, tp: usize, copies: usize) -> Result<Figures
     let complaint = || format!("{text}{}", String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{}", complaint());
     let start = text.find("FIGURES").ok_or_else(complaint)?;
-    let words = text[start..].split_whitespace().skip(1).take(3);
+    let words = text[start..].split_whitespace().skip(1).take(4);
     let numbers: Vec<u64> = words
         .map(str::parse)
         .collect::<std::result::Result<_, _>>()?;
-    let [before, peak, after] = numbers[..] else {
+    let [before, peak, after, weights] = numbers[..] else {
         return Err(complaint().into());
     };
     Ok(Figures {
         before,
         peak,
         after,
+        weights,
     })
 }
 
@@ -207,6 +211,7 @@ fn the_peak_is_the_shards_and_a_little() -> Result {
                     before,
                     peak,
                     after,
+                    weights,
                 } = figures;
                 let mib = |bytes: u64| bytes as f64 / MIB as f64;
                 println!(
@@ -222,6 +227,11 @@ fn the_peak_is_the_shards_and_a_little() -> Result {
                 assert!(peak < allowed, "peak {peak}, allowed {allowed}");
                 // The shards are there, so it was they that were measured.
                 assert!(peak > shards, "peak {peak}, shards {shards}");
+                // Padding, and vectors in f32, make a few hundredths.
+                assert!(
+                    (shards..shards + shards / 20).contains(&weights),
+                    "ranks say {weights}, shards {shards}"
+                );
             }
         }
         // A second copy would be seen.

@@ -152,6 +152,41 @@ impl StepSize {
     }
 }
 
+/// Bytes of memory that a rank has, by what they are for. On a device they are those of the driver's
+/// allocations, all of them; on the CPU a cache is counted whole, touched or not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Weights, with the padding that they are stored with.
+    pub weights: usize,
+    /// The KV cache.
+    pub kv_cache: usize,
+    /// Activations, batches and what operations need between them; on a device also what is held for
+    /// larger steps.
+    pub steps: usize,
+    /// What goes between the ranks.
+    pub communicator: usize,
+    /// What a device's memory was taken for weights and the cache, in whole slabs, and not used.
+    pub spare: usize,
+}
+
+impl MemoryUse {
+    /// The kinds with their names.
+    pub fn by_kind(&self) -> [(&'static str, usize); 5] {
+        [
+            ("weights", self.weights),
+            ("KV cache", self.kv_cache),
+            ("steps", self.steps),
+            ("communicator", self.communicator),
+            ("spare", self.spare),
+        ]
+    }
+
+    /// The sum.
+    pub fn total(&self) -> usize {
+        self.by_kind().iter().map(|(_, bytes)| bytes).sum()
+    }
+}
+
 /// A record that [`Backend::records`] is asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct WantedRecord<'a> {
@@ -233,6 +268,10 @@ pub trait Backend: Send {
         let _ = (size, heads, columns);
         Ok(())
     }
+
+    /// What memory the rank has beside what goes between ranks: the weights that were made here, and
+    /// these tensors and pages.
+    fn memory(&self, tensors: &[&Self::Tensor], pages: &Self::KvPages) -> MemoryUse;
 
     /// Puts a checked batch's metadata where the operations want it; `rope` has its angles.
     fn plan(&mut self, batch: &Batch, rope: RopeTables, block_size: usize) -> Result<Self::Plan>;

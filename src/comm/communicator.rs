@@ -73,6 +73,11 @@ pub trait Communicator<B: Backend>: Send {
         self.all_gather_words(backend, &words)
     }
 
+    /// Bytes of this rank's memory that serve what goes between ranks.
+    fn memory(&self) -> usize {
+        0
+    }
+
     /// How often the group has been made anew: what its ranks have agreed on before is void.
     fn generation(&self) -> u64 {
         0

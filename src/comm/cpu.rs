@@ -81,6 +81,11 @@ impl CpuComm {
         self.stats
     }
 
+    /// Bytes of this rank's mailbox: they grow with its messages.
+    pub fn memory(&self) -> usize {
+        self.endpoint.memory()
+    }
+
     /// Time spent in collectives so far.
     pub fn elapsed(&self) -> Duration {
         self.stats.elapsed

@@ -254,6 +254,18 @@ impl Endpoint {
         self.epoch
     }
 
+    /// Bytes of this rank's mailbox.
+    pub(crate) fn memory(&self) -> usize {
+        let mailbox = &self.boxes[self.rank];
+        let logs = mailbox.logs.iter().map(|log| {
+            // SAFETY: this endpoint alone writes this log, and only through `&mut self`; peers
+            // read it.
+            let log = unsafe { &*log.get() };
+            log.memory.capacity + log.directory.capacity() * size_of::<Entry>()
+        });
+        size_of::<Mailbox>() + logs.sum::<usize>()
+    }
+
     /// The progress this rank has announced by packets or by [`Self::announce`].
     #[inline]
     pub(crate) fn own_progress(&self) -> u64 {

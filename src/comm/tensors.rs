@@ -135,6 +135,10 @@ impl Communicator<CpuBackend> for TensorComm {
         Ok(())
     }
 
+    fn memory(&self) -> usize {
+        self.comm.memory()
+    }
+
     fn all_gather_words(&mut self, _: &mut CpuBackend, words: &[u32]) -> Result<Vec<u32>> {
         let mut out = vec![0; words.len() * self.world_size()];
         self.comm.all_gather(words, &mut out)?;

@@ -12,6 +12,7 @@ use super::prompt::Prompt;
 use super::run::{Request, run};
 use super::scheduler::check_prompt;
 use super::tokenizer::Tokenizer;
+use crate::backend::MemoryUse;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -303,6 +304,16 @@ impl Llm {
     /// What a batch must keep to.
     pub fn limits(&self) -> Limits {
         self.group.limits()
+    }
+
+    /// What memory each rank has, as of its last answer.
+    pub fn memory(&self) -> &[MemoryUse] {
+        self.group.memory()
+    }
+
+    /// The CUDA device of each rank, where they are on devices.
+    pub fn devices(&self) -> Option<&[usize]> {
+        self.group.devices()
     }
 
     /// The ranks, to drive by hand.

@@ -10,6 +10,7 @@ use super::capacity;
 use super::seat::Seat;
 use super::worker::{Command, Output, Reply, Setup, Work, serve};
 use super::{Batch, Limits, SampleRow};
+use crate::backend::MemoryUse;
 use crate::checkpoint::Checkpoint;
 #[cfg(feature = "cuda")]
 use crate::comm::p2p::{P2pGroup, P2pOptions};
@@ -122,6 +123,7 @@ pub struct Group {
     /// For new threads.
     reply_to: Sender<Reply>,
     stats: Vec<CommStats>,
+    memory: Vec<MemoryUse>,
     steps: u64,
     incarnations: u64,
     failed: Option<Error>,
@@ -188,6 +190,7 @@ impl Group {
         let mut group = Self {
             checkpoint,
             stats: vec![CommStats::default(); options.tp],
+            memory: vec![MemoryUse::default(); options.tp],
             options,
             setup,
             limits,
@@ -236,6 +239,16 @@ impl Group {
             comm_calls: self.stats.iter().map(|s| s.calls).max().unwrap_or_default(),
             comm_bytes: self.stats.iter().map(|s| s.bytes_sent).sum(),
         }
+    }
+
+    /// What memory each rank has, as of its last answer.
+    pub fn memory(&self) -> &[MemoryUse] {
+        &self.memory
+    }
+
+    /// The CUDA device of each rank, where they are on devices.
+    pub fn devices(&self) -> Option<&[usize]> {
+        self.options.devices.as_deref()
     }
 
     /// The logits of the rows asked for: `[logits_rows, vocab_size]`, row-major.
@@ -307,6 +320,7 @@ impl Group {
         if current {
             rank.busy = false;
             self.stats[reply.rank] = reply.stats;
+            self.memory[reply.rank] = reply.memory;
         }
         current
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{Batch, Limits, Rope};
-use crate::backend::{Backend, HeadCounts, KvShape, StepSize};
+use crate::backend::{Backend, HeadCounts, KvShape, MemoryUse, StepSize};
 use crate::checkpoint::{Checkpoint, LlamaConfig};
 use crate::comm::{Communicator, Room};
 use crate::dtype::DType;
@@ -156,6 +156,14 @@ impl<B: Backend> Model<B> {
             pages: backend.kv_pages(shape)?,
             shape,
         })
+    }
+
+    /// What memory the rank has, with this cache.
+    pub fn memory<C: Communicator<B>>(&self, rank: &Rank<'_, B, C>, kv: &KvCache<B>) -> MemoryUse {
+        MemoryUse {
+            communicator: rank.comm.memory(),
+            ..rank.backend.memory(&self.workspace.tensors(), &kv.pages)
+        }
     }
 
     /// What a batch must keep to with this cache.
@@ -315,6 +323,20 @@ impl<T> Workspace<T> {
             wanted: backend.tensor(0, dims.hidden_size)?,
             logits: backend.logits(0, vocab.ids.len())?,
         })
+    }
+
+    fn tensors(&self) -> [&T; 8] {
+        let Self {
+            residual,
+            hidden,
+            qkv,
+            heads,
+            inner,
+            output,
+            wanted,
+            logits,
+        } = self;
+        [residual, hidden, qkv, heads, inner, output, wanted, logits]
     }
 
     fn set_rows<B: Backend<Tensor = T>>(

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, Sender};
 use super::group::{Progress, StepHook};
 use super::seat::{Member, Seat};
 use super::{Batch, KvCache, LoadOptions, Model, SampleRow, select};
+use crate::backend::MemoryUse;
 use crate::checkpoint::Checkpoint;
 use crate::comm::{CommError, CommStats};
 use crate::dtype::DType;
@@ -38,6 +39,7 @@ pub(super) struct Reply {
     pub(super) incarnation: u64,
     pub(super) result: Result<Output>,
     pub(super) stats: CommStats,
+    pub(super) memory: MemoryUse,
 }
 
 /// What a step came to.
@@ -96,7 +98,7 @@ fn serve_on<C: Member>(
     commands: Receiver<Command>,
     replies: &Sender<Reply>,
 ) {
-    let reply = |comm: &C, result| {
+    let reply = |comm: &C, memory, result| {
         let Partition { rank, .. } = setup.part;
         let incarnation = setup.incarnation;
         // A group that is gone needs no reply.
@@ -105,6 +107,7 @@ fn serve_on<C: Member>(
             incarnation,
             result,
             stats: comm.stats(),
+            memory,
         });
     };
     let loaded = guarded(setup.part.rank, || load(&setup, &mut comm));
@@ -114,10 +117,9 @@ fn serve_on<C: Member>(
             abort(&mut comm, &error);
             // Before the reply: whoever has it finds that this thread takes no more commands.
             drop(commands);
-            return reply(&comm, Err(error));
+            return reply(&comm, MemoryUse::default(), Err(error));
         }
     };
-    reply(&comm, Ok(Output::Ready));
     let mut worker = Worker {
         setup: setup.clone(),
         backend,
@@ -125,6 +127,8 @@ fn serve_on<C: Member>(
         model,
         kv,
     };
+    let memory = worker.memory();
+    reply(&worker.comm, memory, Ok(Output::Ready));
     while let Ok(command) = commands.recv() {
         let result = match command {
             Command::Rejoin(seat) => guarded(setup.part.rank, || {
@@ -143,7 +147,8 @@ fn serve_on<C: Member>(
                 result
             }
         };
-        reply(&worker.comm, result);
+        let memory = worker.memory();
+        reply(&worker.comm, memory, result);
     }
 }
 
@@ -205,6 +210,17 @@ fn load<C: Member>(setup: &Setup, comm: &mut C) -> Result<Loaded<C::Backend>> {
 }
 
 impl<C: Member> Worker<C> {
+    fn memory(&mut self) -> MemoryUse {
+        let Self {
+            backend,
+            comm,
+            model,
+            kv,
+            ..
+        } = self;
+        model.memory(&Rank { backend, comm }, kv)
+    }
+
     fn run(&mut self, work: &Work) -> Result<Output> {
         if let Some(on_step) = &self.setup.on_step {
             on_step(self.setup.part.rank, work.step);

@@ -55,6 +55,11 @@ impl CpuKvPages {
         })
     }
 
+    /// Bytes of memory, whether touched or not.
+    pub fn bytes(&self) -> usize {
+        self.keys.bytes().len() + self.values.bytes().len()
+    }
+
     /// The sizes.
     pub fn shape(&self) -> &KvShape {
         &self.shape

@@ -27,7 +27,7 @@ pub use tensor::CpuTensor;
 
 use rayon::prelude::*;
 
-use super::{Backend, Epilogue, HeadCounts, KvShape, Layout, RopeTables, WantedRecord};
+use super::{Backend, Epilogue, HeadCounts, KvShape, Layout, MemoryUse, RopeTables, WantedRecord};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::host::HostMatrix;
@@ -47,6 +47,8 @@ pub struct CpuBackend {
     team: Team,
     /// For loading and sampling, whose tasks are large and uneven. Absent for one thread.
     pool: Option<rayon::ThreadPool>,
+    /// Bytes of all matrices and vectors made here.
+    weights: usize,
 }
 
 impl CpuBackend {
@@ -71,6 +73,7 @@ impl CpuBackend {
             threads,
             team: Team::new(threads)?,
             pool,
+            weights: 0,
         })
     }
 
@@ -132,10 +135,12 @@ impl Backend for CpuBackend {
         layout: Layout,
         dtype: DType,
     ) -> Result<CpuMatrix> {
-        match &self.pool {
+        let matrix = match &self.pool {
             Some(pool) => pool.install(|| CpuMatrix::pack(parts, layout, dtype)),
             None => CpuMatrix::pack(parts, layout, dtype),
-        }
+        }?;
+        self.weights += matrix.bytes();
+        Ok(matrix)
     }
 
     fn vector(&mut self, parts: &[HostMatrix<'_>]) -> Result<Vec<f32>> {
@@ -146,7 +151,17 @@ impl Backend for CpuBackend {
             out.resize(start + part.cols(), 0.0);
             part.row_f32(0, &mut out[start..]);
         }
+        self.weights += size_of_val(out.as_slice());
         Ok(out)
+    }
+
+    fn memory(&self, tensors: &[&CpuTensor], pages: &CpuKvPages) -> MemoryUse {
+        MemoryUse {
+            weights: self.weights,
+            kv_cache: pages.bytes(),
+            steps: tensors.iter().map(|tensor| tensor.capacity_bytes()).sum(),
+            ..Default::default()
+        }
     }
 
     fn kv_pages(&mut self, shape: KvShape) -> Result<CpuKvPages> {

@@ -48,6 +48,11 @@ impl CpuTensor {
         Ok(())
     }
 
+    /// Bytes of memory: those of the most rows that it ever had.
+    pub(super) fn capacity_bytes(&self) -> usize {
+        self.data.capacity() * size_of::<f32>()
+    }
+
     /// The elements, row after row.
     pub fn data(&self) -> &[f32] {
         &self.data

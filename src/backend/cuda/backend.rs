@@ -11,7 +11,7 @@ use super::{
     DeviceBuffer, DevicePool, DeviceSlice, GemmEpilogue, Kernels, RecordsSize, Rows, Stream,
 };
 use crate::backend::{
-    Backend, Epilogue, HeadCounts, KvShape, Layout, RopeTables, StepSize, WantedRecord,
+    Backend, Epilogue, HeadCounts, KvShape, Layout, MemoryUse, RopeTables, StepSize, WantedRecord,
 };
 use crate::comm::Room;
 use crate::comm::p2p::P2pComm;
@@ -261,6 +261,19 @@ impl Backend for CudaBackend {
         let buffer = self.weights.upload(&values, &self.stream);
         let buffer = buffer.map_err(|e| out_of_memory(e, "a vector", &layout, &self.weights))?;
         Ok(CudaVector { buffer })
+    }
+
+    /// All of it is in the pools; tensors grow in that of steps.
+    fn memory(&self, _tensors: &[&CudaTensor], pages: &CudaKvPages) -> MemoryUse {
+        let (weights, spare) = self.weights.usage();
+        let kv_cache = self.weights.taken_by(pages.bytes());
+        MemoryUse {
+            weights: (weights - spare).saturating_sub(kv_cache),
+            kv_cache,
+            steps: self.pool.usage().0 + self.passing.usage().0,
+            spare,
+            ..Default::default()
+        }
     }
 
     fn kv_pages(&mut self, shape: KvShape) -> Result<CudaKvPages> {

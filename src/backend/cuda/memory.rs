@@ -234,8 +234,13 @@ impl DevicePool {
         (total, free)
     }
 
+    /// Bytes that a buffer of `len` takes of a slab.
+    pub(super) fn taken_by(&self, len: usize) -> usize {
+        len.max(1).next_multiple_of(BUFFER_ALIGN)
+    }
+
     fn give_back(&self, address: u64, len: usize) {
-        let whole = len.max(1).next_multiple_of(BUFFER_ALIGN);
+        let whole = self.taken_by(len);
         let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
         let home = slabs.iter_mut().find(|shared| {
             (shared.slab.address..shared.slab.address + shared.slab.len as u64).contains(&address)

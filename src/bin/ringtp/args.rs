@@ -43,7 +43,7 @@ pub(crate) enum Command {
 /// Where neither the command line nor the model's generation_config.json asks for sampling,
 /// the most probable token is taken. The tokens of a prompt do not depend on the other
 /// prompts, on --max-batch-tokens or on --threads. At the end standard error gets the speed
-/// of prefill and decode and the time in collectives.
+/// of prefill and decode, the time in collectives, and each rank's memory by what it is for.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
@@ -157,6 +157,14 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// The number of ranks.
+    pub(crate) fn ranks(&self) -> usize {
+        match self.devices.len() {
+            0 => self.tp,
+            devices => devices,
+        }
+    }
+
     pub(crate) fn builder(&self) -> LlmBuilder {
         let devices = match self.device {
             _ if !self.devices.is_empty() => Some(self.devices.clone()),
@@ -164,7 +172,7 @@ impl ModelArgs {
             Device::Cpu => None,
         };
         let builder = Llm::builder(&self.model)
-            .tp(devices.as_ref().map_or(self.tp, Vec::len))
+            .tp(self.ranks())
             .devices(devices)
             .dtype(self.dtype.0)
             .tp_invariant(self.tp_invariant)

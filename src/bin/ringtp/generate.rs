@@ -5,7 +5,7 @@ use std::io::{self, Write, stdout};
 use std::ops::ControlFlow;
 
 use ringtp::Error;
-use ringtp::generate::{Completion, Event, Prompt, SamplingParams, Timing};
+use ringtp::generate::{Completion, Event, Llm, Prompt, SamplingParams};
 use serde_json::json;
 
 use crate::Failure;
@@ -31,7 +31,7 @@ pub(crate) fn generate(args: &GenerateArgs, prompts: &[Prompt]) -> Result<(), Fa
         .collect();
     // Bad prompts are found before the weights are read.
     model.requests(&requests)?;
-    let mut llm = bar.load(model, args.model.tp)?;
+    let mut llm = bar.load(model, args.model.ranks())?;
 
     let mut printer = Printer::new(args.json, prompts);
     let mut written = Ok(());
@@ -45,7 +45,7 @@ pub(crate) fn generate(args: &GenerateArgs, prompts: &[Prompt]) -> Result<(), Fa
         }
     })?;
     written?;
-    report(&llm.timing());
+    report(&llm);
     Ok(())
 }
 
@@ -154,7 +154,8 @@ fn line(index: usize, completion: &Completion) -> String {
     .to_string()
 }
 
-fn report(timing: &Timing) {
+fn report(llm: &Llm) {
+    let timing = llm.timing();
     let total = timing.prefill + timing.decode;
     let share = match total.is_zero() {
         true => 0.0,
@@ -163,13 +164,14 @@ fn report(timing: &Timing) {
     let lines = format!(
         "prefill: {} tokens, {:.1} tokens/s\n\
          decode: {} tokens, {:.1} tokens/s\n\
-         collectives: {:.3} s of {:.3} s ({share:.1} %)\n",
+         collectives: {:.3} s of {:.3} s ({share:.1} %)\n{}",
         timing.prefill_tokens,
         timing.prefill_rate(),
         timing.decode_tokens,
         timing.decode_rate(),
         timing.collectives.as_secs_f64(),
         total.as_secs_f64(),
+        crate::memory::lines(llm),
     );
     // The completions are out; nobody to tell if this cannot be.
     let _ = io::stderr().write_all(lines.as_bytes());

@@ -1,7 +1,7 @@
 //! `ringtp logits`.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write, stdout};
+use std::io::{BufWriter, Write, stderr, stdout};
 use std::path::{Path, PathBuf};
 
 use ringtp::Error;
@@ -28,7 +28,7 @@ pub(crate) fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     model.requests(&[(Prompt::Ids(ids.clone()), SamplingParams::greedy())])?;
     // Found out now rather than after the work.
     let mut out = WholeFile::create(&args.out)?;
-    let mut llm = bar.load(model, args.model.tp)?;
+    let mut llm = bar.load(model, args.model.ranks())?;
 
     let vocab_size = llm.limits().vocab_size;
     let header = header(ids.len(), vocab_size);
@@ -51,7 +51,7 @@ pub(crate) fn logits(args: &LogitsArgs) -> Result<(), Failure> {
             "dtype": "F32",
             "shape": [ids.len(), vocab_size],
             "bytes": bytes,
-            "tp": args.model.tp,
+            "tp": args.model.ranks(),
         })
         .to_string(),
         false => format!(
@@ -61,6 +61,8 @@ pub(crate) fn logits(args: &LogitsArgs) -> Result<(), Failure> {
         ),
     };
     writeln!(stdout(), "{report}")?;
+    // The file is there; nobody to tell if this cannot be.
+    let _ = stderr().write_all(crate::memory::lines(&llm).as_bytes());
     Ok(())
 }
 

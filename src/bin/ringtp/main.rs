@@ -8,6 +8,7 @@ mod bench;
 mod doctor;
 mod generate;
 mod logits;
+mod memory;
 mod progress;
 mod shards;
 mod table;

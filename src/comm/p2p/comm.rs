@@ -450,6 +450,11 @@ impl P2pComm {
         }
     }
 
+    /// Bytes of the device's memory that this rank has for what goes between ranks.
+    pub fn memory(&self) -> usize {
+        self.shared.device(self.rank).memory()
+    }
+
     /// How often the group has been rebuilt.
     pub fn rebuilds(&self) -> u64 {
         self.host.generation()

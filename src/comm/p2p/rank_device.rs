@@ -82,6 +82,11 @@ impl RankDevice {
         self.arena.address()
     }
 
+    /// Bytes of device memory.
+    pub(super) fn memory(&self) -> usize {
+        self.arena.len() + self.words.len()
+    }
+
     /// The first staging buffer.
     pub(super) fn staging(&self) -> u64 {
         self.arena() + HEAD as u64

@@ -90,6 +90,10 @@ impl Communicator<CudaBackend> for P2pComm {
         self.all_gather_words(backend, &words)
     }
 
+    fn memory(&self) -> usize {
+        P2pComm::memory(self)
+    }
+
     fn generation(&self) -> u64 {
         self.rebuilds()
     }
