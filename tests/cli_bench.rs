@@ -43,6 +43,45 @@ fn cpu_ranks_are_timed() {
     }
 }
 
+/// The directory of a small model.
+fn model() -> String {
+    concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/llama/gqa_8_2").to_owned()
+}
+
+#[test]
+fn prefill_and_decode_of_a_model_are_timed() {
+    let model = model();
+    let args = [
+        "--model", &model, "--tp", "2", "--prompt", "12", "--steps", "3", "--json",
+    ];
+    let rows = rows(&args);
+    for (row, (part, tokens)) in rows.iter().zip([("prefill", 12), ("decode", 1)]) {
+        assert_eq!(
+            (&row["part"], &row["tokens"]),
+            (&part.into(), &tokens.into())
+        );
+        assert_eq!((&row["ranks"], &row["dtype"]), (&2.into(), &"f32".into()));
+        let number = |name: &str| row[name].as_f64().expect("a number");
+        assert!(number("ms") > 0.0, "{row}");
+        assert!((0.0..=1.0).contains(&number("in_collectives")), "{row}");
+        let rate = f64::from(tokens) / number("ms") * 1e3;
+        approx::assert_relative_eq!(number("tokens_per_s"), rate, max_relative = 1e-9);
+    }
+    assert_eq!(rows.len(), 2);
+
+    let output = bench(&args[..args.len() - 1]);
+    let (out, err) = (output.stdout, output.stderr);
+    let text = String::from_utf8_lossy(&out) + String::from_utf8_lossy(&err);
+    for words in [
+        "tokens/s",
+        "decode",
+        "on threads",
+        "memory of rank 1: weights",
+    ] {
+        assert!(text.contains(words), "{words} in {text}");
+    }
+}
+
 #[test]
 fn bad_arguments_are_refused_with_the_remedy() {
     for (args, words) in [
@@ -50,6 +89,14 @@ fn bad_arguments_are_refused_with_the_remedy() {
         (&["--all-reduce", "none"], "one-shot"),
         (&["--devices", "0,x"], "--devices"),
         (&["--tp", "0"], "1"),
+        (&["--prompt", "3"], "--model"),
+        (
+            &["--model", &model(), "--sizes", "1K"],
+            "cannot be used with",
+        ),
+        (&["--model", &model(), "--prompt", "0"], "at least 1 each"),
+        (&["--model", &model(), "--steps", "999"], "256 together"),
+        (&["--model", &model(), "--tp", "5"], "tp"),
     ] {
         let output = bench(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
@@ -100,6 +147,37 @@ mod on_devices {
             assert!((formula..formula + TALK).contains(&counted), "{row}");
             for name in ["sectors", "barriers", "releases", "acquires"] {
                 assert!(number(row, name) > 0, "{row}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_step_of_a_model_does_is_counted() {
+        let Some(rows) = counted(&["--model", &super::model(), "--prompt", "6"]) else {
+            return;
+        };
+        for (part, tokens) in [("prefill", 6), ("decode", 1)] {
+            let of_part = || rows.iter().filter(|row| row["part"] == part);
+            assert!(of_part().all(|row| row["tokens"] == tokens));
+            // Two layers with four products each and the head, on four ranks; two sums a layer and
+            // that of the embedding.
+            for (kernel, launches) in [
+                ("gemm_", 4 * 9),
+                ("attention_f32", 4 * 2),
+                ("one_shot_f32", 4 * 5),
+                ("sampling_records", 4),
+            ] {
+                let named = |row: &&Value| {
+                    let name = row["kernel"].as_str();
+                    name.is_some_and(|name| name.starts_with(kernel))
+                };
+                let found: u64 = of_part().filter(named).map(|r| number(r, "launches")).sum();
+                assert_eq!(found, launches, "{kernel} in {part}");
+            }
+            let copies = of_part().find(|row| row["kernel"].is_null());
+            let copies = copies.expect("what is copied");
+            for name in ["uploaded", "downloaded", "link_bytes"] {
+                assert!(number(copies, name) > 0, "{name} in {copies}");
             }
         }
     }

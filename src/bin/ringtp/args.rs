@@ -33,7 +33,7 @@ pub(crate) enum Command {
     Shards(ShardsArgs),
     /// Look at the CUDA devices and the links between them, and test every link
     Doctor(DoctorArgs),
-    /// Measure a collective
+    /// Measure a collective, or a model
     Bench(BenchArgs),
 }
 
@@ -431,12 +431,36 @@ pub(crate) struct DoctorArgs {
 /// all ranks does, counted: bytes over the links (and what the algorithm's formula says),
 /// messages that follow one another, sectors of global memory, barriers of blocks, fences, flags
 /// that are written and read.
+///
+/// With --model: the median time of a prefill and of a step of decode, and the share of it in
+/// collectives (on the CPU; devices do not say); on the virtual GPU by kernel the launches and
+/// bytes of one step of all ranks, what is copied from and to the host, and the bytes over links.
+/// Standard error gets each rank's memory by what it is for.
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
     /// What to measure
     #[arg(value_enum, default_value_t = Operation::AllReduce)]
     pub(crate) operation: Operation,
-    /// The number of ranks [default: 2, or all devices up to 8]
+    /// Measure prefill and decode of the model in this directory, and no collective
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["operation", "sizes"])]
+    pub(crate) model: Option<PathBuf>,
+    /// The tokens of the prompt of a model [default: 128, or 8 where they are counted]
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "N",
+        requires = "model"
+    )]
+    pub(crate) prompt: Option<usize>,
+    /// The steps of decode that are timed [default: 32]
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "N",
+        requires = "model"
+    )]
+    pub(crate) steps: Option<usize>,
+    /// The number of ranks [default: 2, or all devices up to 8; for a model 1]
     #[arg(long, allow_negative_numbers = true, value_name = "N")]
     pub(crate) tp: Option<usize>,
     /// Where the ranks are
@@ -450,9 +474,9 @@ pub(crate) struct BenchArgs {
         conflicts_with = "tp"
     )]
     pub(crate) devices: Vec<usize>,
-    /// The type of the elements
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub(crate) dtype: DType,
+    /// The type of the elements, of weights and KV cache [default: f32; a model's own]
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) dtype: Option<DType>,
     /// Bytes of the messages; K, M and G are powers of 1024
     #[arg(long, value_name = "1K,1M,..")]
     pub(crate) sizes: Option<Sizes>,
@@ -462,6 +486,13 @@ pub(crate) struct BenchArgs {
     /// Print one JSON object a line
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+impl BenchArgs {
+    /// The type of a collective's elements.
+    pub(crate) fn elements(&self) -> DType {
+        self.dtype.unwrap_or(DType::F32)
+    }
 }
 
 /// A collective.

@@ -40,14 +40,14 @@ pub(super) fn run(args: &BenchArgs) -> ringtp::Result<(Setting, Vec<Row>)> {
     for &size in sizes {
         let elements = elements(args, ranks.max(1), size);
         for &algorithm in &algorithms {
-            let time = match args.dtype {
+            let time = match args.elements() {
                 DType::F32 => time::<f32>(args.operation, algorithm, ranks, elements)?,
                 DType::Bf16 => time::<half::bf16>(args.operation, algorithm, ranks, elements)?,
                 DType::F16 => time::<half::f16>(args.operation, algorithm, ranks, elements)?,
             };
             rows.push(Row {
                 algorithm: algorithm.map_or("-", |a| a.name()),
-                bytes: elements * args.dtype.size(),
+                bytes: elements * args.elements().size(),
                 measured: Measured::Time(time),
             });
         }

@@ -51,7 +51,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<(Setting, Vec<Row>)> {
     let ranks = devices.len();
     let messages: Vec<usize> = sizes.iter().map(|&s| elements(args, ranks, s)).collect();
     // Nothing may be allocated once collectives run.
-    let longest = messages.iter().copied().max().unwrap_or(0) * args.dtype.size();
+    let longest = messages.iter().copied().max().unwrap_or(0) * args.elements().size();
     let mut ranks: Vec<Rank> = comms
         .into_iter()
         .map(|comm| {
@@ -72,12 +72,12 @@ pub(super) fn run(args: &BenchArgs) -> Result<(Setting, Vec<Row>)> {
     }
     let mut rows = Vec::new();
     for elements in messages {
-        let bytes = elements * args.dtype.size();
+        let bytes = elements * args.elements().size();
         for algorithm in algorithms(args, &group, bytes)? {
             let call = Call {
                 operation: args.operation,
                 algorithm,
-                dtype: args.dtype,
+                dtype: args.elements(),
                 bytes,
             };
             let measured = match &mut counters {

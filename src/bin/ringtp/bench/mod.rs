@@ -3,6 +3,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod model;
 
 use std::io::{Write, stdout};
 use std::time::Duration;
@@ -53,6 +54,9 @@ struct Setting {
 }
 
 pub(crate) fn bench(args: &BenchArgs) -> Result<(), Failure> {
+    if let Some(dir) = &args.model {
+        return model::run(args, dir);
+    }
     let (setting, rows) = match args.device {
         Device::Cpu if args.devices.is_empty() => cpu::run(args)?,
         #[cfg(feature = "cuda")]
@@ -103,7 +107,7 @@ impl Operation {
 
 /// `bytes` as whole elements, the same number for every rank, and at least one.
 fn elements(args: &BenchArgs, ranks: usize, bytes: usize) -> usize {
-    let elements = (bytes / args.dtype.size()).max(1);
+    let elements = (bytes / args.elements().size()).max(1);
     match args.operation {
         Operation::AllReduce | Operation::Broadcast => elements,
         Operation::ReduceScatter | Operation::AllGather => elements.next_multiple_of(ranks),
@@ -126,7 +130,7 @@ impl Row {
             "operation": args.operation.name(),
             "algorithm": self.algorithm,
             "bytes": self.bytes,
-            "dtype": args.dtype.name(),
+            "dtype": args.elements().name(),
             "ranks": setting.ranks,
             "place": setting.place,
         });
@@ -157,7 +161,7 @@ fn to_text(args: &BenchArgs, setting: &Setting, rows: &[Row]) -> String {
     let mut out = format!(
         "{} of {}, {} ranks, {}\n",
         args.operation.name(),
-        args.dtype,
+        args.elements(),
         setting.ranks,
         setting.place
     );
