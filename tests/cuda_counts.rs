@@ -18,12 +18,13 @@ use std::time::{Duration, Instant};
 use cuda_support::{Gpu, Operand};
 use model_support::{Result, batch, open, some_ids};
 use ringtp::DType;
-use ringtp::backend::Backend;
 use ringtp::backend::cuda::{
-    self, CudaBackend, DeviceBuffer, GEMM_FEW_ROWS, GemmEpilogue, RowLayout,
+    self, AttentionScratch, CudaBackend, CudaKvPages, CudaPlan, DeviceBuffer, GEMM_FEW_ROWS,
+    GemmEpilogue, RowLayout, SPLIT_ROWS,
 };
+use ringtp::backend::{Backend, HeadCounts, KvShape, RopeTables};
 use ringtp::layers::Rank;
-use ringtp::llama::{LoadOptions, Model, SampleRow, select};
+use ringtp::llama::{Batch, LoadOptions, Model, SampleRow, select};
 use test_driver::Taken;
 use test_driver::report::{Report, Touched};
 
@@ -304,6 +305,115 @@ fn declared_bytes_are_those_that_are_touched() {
         );
     }
     gpu.driver.report();
+}
+
+/// The same of rope and attention: what all memory they touch comes to, and not their operands alone,
+/// is within 2 % of the floor, and every entry of the cache is read once.
+#[test]
+fn declared_bytes_of_rope_and_attention_are_those_that_are_touched() {
+    let Some(gpu) = Gpu::take() else { return };
+    if !test_driver::is_virtual() {
+        test_driver::skipped("a real device does not count");
+        return;
+    }
+    // A decode of several sequences, one of them in more than one chunk; a part of a prompt, whose
+    // rows make as many query vectors as share what a block reads.
+    // What items of split contexts leave for each other is a row of f32 a query head and chunk, so
+    // the floor is only near where a KV head serves few heads.
+    for (dtype, q, parts) in [
+        (
+            DType::Bf16,
+            8,
+            &[(200, 201), (255, 256), (90, 91_usize)][..],
+        ),
+        (DType::F32, 8, &[(200, 201), (1000, 1001)]),
+        (DType::Bf16, 4, &[(700, 701)]),
+        (DType::F16, 8, &[(52, 60)]),
+    ] {
+        let heads = HeadCounts {
+            q,
+            kv: 4,
+            head_dim: 64,
+        };
+        let (mut batch, mut blocks) = (Batch::new(), 0..);
+        for &(from, to) in parts {
+            let table: Vec<u32> = blocks.by_ref().take(to.div_ceil(16)).collect();
+            batch.push(&vec![0; to - from], from as u32, to as u32, &table);
+        }
+        let rows = batch.rows();
+        let angles = vec![0.5; rows * heads.head_dim / 2];
+        let rope = RopeTables {
+            cos: angles.clone(),
+            sin: angles,
+        };
+        let shape = KvShape {
+            num_layers: 1,
+            num_blocks: blocks.start as usize,
+            block_size: 16,
+            num_kv_heads: heads.kv,
+            head_dim: heads.head_dim,
+            dtype,
+        };
+        let (kernels, stream, pool) = (&gpu.kernels, &gpu.stream, &gpu.pool);
+        let mut pages = CudaKvPages::new(pool, stream, shape).expect("pages");
+        let plan = CudaPlan::new(pool, stream, &batch, &rope, 16, SPLIT_ROWS).expect("a plan");
+        let operand = |cols: usize| {
+            let layout = RowLayout::contiguous(dtype, rows, cols);
+            Operand::new(&gpu, layout, 0, Some(&vec![1.0; rows * cols]))
+        };
+        let (mut qkv, mut out) = (operand(heads.qkv_cols()), operand(q * heads.head_dim));
+        let mut scratch = AttentionScratch::new(pool).expect("nothing yet");
+        let what = format!("{dtype}, {q} heads, {parts:?}");
+
+        assert!(gpu.driver.count());
+        let mut layer = pages.layer_mut(0).expect("a layer");
+        cuda::rope_append(kernels, stream, qkv.rows_mut(), heads, &plan, &mut layer).expect("rope");
+        stream.synchronize().expect("it ran");
+        let touched = |memory: &Touched| memory.read_distinct + memory.written_distinct;
+        let report = gpu.driver.report();
+        let all: u64 = report.memory.iter().map(touched).sum();
+        let work = cuda::rope_append_work(rows, heads, dtype);
+        assert_eq!(all, work.bytes, "rope: {what}");
+        let entries = |memory: &Touched| memory.bytes as usize == qkv.buffer.len();
+        let rotated = report.memory.iter().copied().find(entries).expect("rows");
+        assert_eq!(rotated.read, rotated.read_distinct, "rope: {what}");
+
+        assert!(gpu.driver.count());
+        let layer = pages.layer(0).expect("a layer");
+        let scale = 0.125;
+        let to = out.rows_mut();
+        cuda::attention(
+            kernels,
+            stream,
+            qkv.rows(),
+            heads,
+            &plan,
+            &layer,
+            scale,
+            &mut scratch,
+            to,
+        )
+        .expect("attention");
+        stream.synchronize().expect("it ran");
+        let report = gpu.driver.report();
+        let all: u64 = report.memory.iter().map(touched).sum();
+        let work = cuda::attention_work(&batch, heads, dtype);
+        println!("{what}: {all} bytes for a floor of {}", work.bytes);
+        assert!(
+            (work.bytes..=work.bytes + work.bytes / 50).contains(&all),
+            "attention: {what}: {all} bytes for a floor of {}",
+            work.bytes
+        );
+        let pages_of = |memory: &&Touched| memory.bytes as usize == pages.bytes();
+        let cache = report.memory.iter().find(pages_of).expect("the pages");
+        let entries: usize = parts.iter().map(|&(_, to)| to).sum();
+        let bytes = (2 * entries * heads.kv * heads.head_dim * dtype.size()) as u64;
+        assert_eq!(
+            (cache.read, cache.read_distinct, cache.written),
+            (bytes, bytes, 0),
+            "every entry once: {what}"
+        );
+    }
 }
 
 /// In every type and for every number of few rows.
