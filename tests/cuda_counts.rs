@@ -210,6 +210,65 @@ fn launches_and_bytes_of_a_decode_step_are_as_recorded() -> Result {
     Ok(())
 }
 
+/// The host of each rank waits for its device once in a step of decode, for the tokens, however they
+/// are chosen.
+#[test]
+fn a_decode_step_waits_for_the_device_once() -> Result {
+    let Some(_driver) = test_driver::take() else {
+        return Ok(());
+    };
+    let checkpoint = open("gqa_8_2")?;
+    let (_group, comms) = p2p_support::group(2, p2p_support::options());
+    let greedy = SampleRow::greedy();
+    let drawn = SampleRow {
+        temperature: 0.8,
+        seed: 3,
+        ..greedy.clone()
+    };
+    let filtered = SampleRow {
+        top_k: 5,
+        repetition_penalty: 1.2,
+        penalized: vec![1, 2, 60],
+        banned: vec![7],
+        ..drawn.clone()
+    };
+    p2p_support::run(comms, |rank| {
+        let stream = rank.comm.stream().clone();
+        let mut backend = CudaBackend::new(stream.clone(), DType::F32).expect("a backend");
+        let mut rank = Rank {
+            backend: &mut backend,
+            comm: &mut rank.comm,
+        };
+        let options = LoadOptions {
+            dtype: DType::F32,
+            tp_invariant: false,
+        };
+        let mut model = Model::load(&mut rank, &checkpoint, options, &|_| {}).expect("a model");
+        let mut kv = model.kv_cache(rank.backend, 8, 16, DType::F32);
+        let kv = kv.as_mut().expect("a cache");
+        let table = [5, 2, 7, 1];
+        let mut waits = |ids: &[u32], from: usize, sample: &SampleRow| {
+            let before = stream.waits();
+            let mut rows = batch(ids, from, 17, &table);
+            rows.logits_rows.drain(..ids.len() - 1);
+            let (logits, head) = model.forward(&mut rank, &rows, kv).expect("a step");
+            let tokens = select(&mut rank, head, logits, std::slice::from_ref(sample));
+            tokens.expect("a token");
+            stream.waits() - before
+        };
+        // Memory is taken for the prompt, and for each way to choose.
+        let first = waits(&some_ids(97, 1, 17), 0, &greedy);
+        assert!(first > 1, "the ranks meet: {first} waits");
+        for sample in [&drawn, &filtered] {
+            waits(&[3], 17, sample);
+        }
+        for (position, sample) in [&greedy, &drawn, &filtered, &greedy].iter().enumerate() {
+            assert_eq!(waits(&[4], 18 + position, sample), 1, "{sample:?}");
+        }
+    });
+    Ok(())
+}
+
 /// What an operation says it costs at the least is what it reads and writes, each byte once.
 #[test]
 fn declared_bytes_are_those_that_are_touched() {

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
+use super::mail::{Inbox, Outbox};
 use super::plan::SPLIT_ROWS;
 use super::tensor::out_of_memory;
 use super::upload::Staging;
 use super::view::RowLayout;
 use super::{
     AttentionScratch, BUFFER_ALIGN, Context, CudaKvPages, CudaMatrix, CudaPlan, CudaTensor,
-    DeviceBuffer, DevicePool, DeviceSlice, GemmEpilogue, Kernels, RecordsSize, Rows, Stream,
+    DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut, GemmEpilogue, Kernels, RecordsSize,
+    Rows, Stream,
 };
 use crate::backend::{
     Backend, Epilogue, HeadCounts, KvShape, Layout, MemoryUse, RopeTables, StepSize, WantedRecord,
@@ -48,6 +50,10 @@ pub struct CudaBackend {
     scratch: AttentionScratch,
     /// For weights; made with the first.
     staging: Option<Staging>,
+    /// For batches, for what is asked of logits, and for the answers of all ranks.
+    batches: Outbox,
+    questions: Outbox,
+    answers: Inbox,
     /// What records all ranks have room for.
     records: Room<4>,
 }
@@ -109,6 +115,9 @@ impl CudaBackend {
         let scratch = AttentionScratch::new(&pool)?;
         passing.reserve(1)?;
         Ok(Self {
+            batches: Outbox::new(&stream)?,
+            questions: Outbox::new(&stream)?,
+            answers: Inbox::new(&stream)?,
             weights: DevicePool::new(stream.context(), WEIGHT_SLAB),
             stream,
             pool,
@@ -159,10 +168,47 @@ impl CudaBackend {
                 ids,
                 edited,
             };
-            backend.reserve_passing("records of candidates", size.bytes_at_most(ranks))
+            let bytes = size.bytes_at_most(ranks);
+            backend.reserve_passing("records of candidates", bytes)?;
+            let stream = &backend.stream;
+            backend.questions.reserve(stream, size.sent_at_most())?;
+            backend
+                .answers
+                .reserve(stream, size.words.saturating_mul(ranks))
         });
         self.records = room;
         made
+    }
+
+    /// Puts the kernel into the stream that leaves the records `wanted` in `out`; the host does not
+    /// wait for it.
+    pub(crate) fn put_records(
+        &mut self,
+        logits: &CudaTensor,
+        first_id: usize,
+        wanted: &[WantedRecord<'_>],
+        out: &mut DeviceSliceMut<'_>,
+    ) -> Result<()> {
+        let (kernels, stream, pool) = (&self.kernels, &self.stream, &self.passing);
+        let questions = &mut self.questions;
+        let send = |words: &[u32], to: &mut DeviceSliceMut<'_>| questions.send(stream, words, to);
+        let logits = logits.rows()?;
+        super::sampling::put_records(kernels, stream, pool, logits, first_id, wanted, send, out)
+    }
+
+    /// Puts a copy of the records of all ranks to the host into the stream.
+    pub(crate) fn order_records(&mut self, all: DeviceSlice<'_>) -> Result<()> {
+        self.answers.order(&self.stream, all)
+    }
+
+    /// What was ordered last, of so many ranks, once the stream has been waited for.
+    pub(crate) fn ordered_records(&self, ranks: usize, wanted: &[WantedRecord<'_>]) -> Vec<u32> {
+        let words = super::sampling::words_of(wanted);
+        let mut all = self.answers.read(ranks * words);
+        for of_rank in all.chunks_exact_mut(words.max(1)) {
+            super::sampling::sort_lists(of_rank, wanted);
+        }
+        all
     }
 
     /// Takes so many bytes for what passes within a step.
@@ -283,8 +329,10 @@ impl Backend for CudaBackend {
 
     fn reserve(&mut self, size: &StepSize, heads: HeadCounts, columns: &[usize]) -> Result<()> {
         self.scratch.reserve(&self.stream, size, heads)?;
-        let mut bytes =
-            CudaPlan::bytes_at_most(size, heads.head_dim).next_multiple_of(BUFFER_ALIGN);
+        let plan = CudaPlan::bytes_at_most(size, heads.head_dim);
+        self.batches
+            .reserve(&self.stream, plan.div_ceil(size_of::<u32>()))?;
+        let mut bytes = plan.next_multiple_of(BUFFER_ALIGN);
         for &cols in columns {
             let tensor = RowLayout::contiguous(self.dtype, size.rows, cols);
             let tensor = tensor.bytes().unwrap_or(usize::MAX);
@@ -294,14 +342,9 @@ impl Backend for CudaBackend {
     }
 
     fn plan(&mut self, batch: &Batch, rope: RopeTables, block_size: usize) -> Result<CudaPlan> {
-        CudaPlan::new(
-            &self.passing,
-            &self.stream,
-            batch,
-            &rope,
-            block_size,
-            SPLIT_ROWS,
-        )
+        let (stream, batches) = (&self.stream, &mut self.batches);
+        let send = |words: &[u32], to: &mut DeviceSliceMut<'_>| batches.send(stream, words, to);
+        CudaPlan::sent(&self.passing, batch, &rope, block_size, SPLIT_ROWS, send)
     }
 
     fn embedding(

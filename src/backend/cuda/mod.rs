@@ -56,6 +56,7 @@ mod launch;
     any(target_arch = "x86_64", target_arch = "aarch64")
 ))]
 mod loader;
+mod mail;
 mod memory;
 mod module;
 mod norm;
@@ -88,8 +89,8 @@ pub use pinned::Pinned;
 pub use plan::{CudaPlan, SPLIT_ROWS};
 pub use rope::{rope_append, rope_append_work};
 pub use rows::{add_bias, gather_rows, gather_rows_work};
-pub(crate) use sampling::RecordsSize;
 pub use sampling::sampling_records;
+pub(crate) use sampling::{RecordsSize, words_of};
 pub use stream::Stream;
 pub use tensor::{CudaMatrix, CudaTensor};
 pub use view::{RowLayout, Rows, RowsMut};

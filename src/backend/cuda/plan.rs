@@ -6,7 +6,7 @@ use super::abi::{self, AttentionItem};
 use super::rope::{DeviceTables, no_tables};
 use super::tensor::out_of_memory;
 use super::view::RowLayout;
-use super::{DeviceBuffer, DevicePool, DeviceSlice, Stream};
+use super::{DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut, Stream};
 use crate::backend::{HeadCounts, KvShape, RopeTables, StepSize};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -169,6 +169,19 @@ impl CudaPlan {
         block_size: usize,
         split_rows: usize,
     ) -> Result<Self> {
+        let send = |words: &[u32], to: &mut DeviceSliceMut<'_>| stream.upload(words, to);
+        Self::sent(pool, batch, rope, block_size, split_rows, send)
+    }
+
+    /// As [`Self::new`], where `send` puts words into device memory.
+    pub(super) fn sent(
+        pool: &DevicePool,
+        batch: &Batch,
+        rope: &RopeTables,
+        block_size: usize,
+        split_rows: usize,
+        send: impl FnOnce(&[u32], &mut DeviceSliceMut<'_>) -> Result<()>,
+    ) -> Result<Self> {
         if block_size == 0 {
             return Err(Error::shape("plan: block size", "at least 1", block_size));
         }
@@ -190,11 +203,13 @@ impl CudaPlan {
         let items = Items::new(batch, split_rows);
 
         let (image, words) = image(batch, rope, block_size, &items);
+        let mut buffer = pool.buffer(size_of_val(image.as_slice())).map_err(|e| {
+            let layout = RowLayout::contiguous(DType::F32, image.len(), 1);
+            out_of_memory(e, "the plan of a batch", &layout, pool)
+        })?;
+        send(&image, &mut buffer.as_mut())?;
         Ok(Self {
-            buffer: pool.upload(&image, stream).map_err(|e| {
-                let layout = RowLayout::contiguous(DType::F32, image.len(), 1);
-                out_of_memory(e, "the plan of a batch", &layout, pool)
-            })?,
+            buffer,
             words,
             rows: batch.rows(),
             logits_rows: batch.logits_rows.len(),

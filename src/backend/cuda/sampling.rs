@@ -4,7 +4,7 @@ use super::abi::{self, RecordRequest, RecordsParams};
 use super::launch::Launch;
 use super::module::{Family, Kernels};
 use super::view::{Rows, count};
-use super::{BUFFER_ALIGN, DevicePool, Stream};
+use super::{BUFFER_ALIGN, DevicePool, DeviceSliceMut, Stream};
 use crate::backend::WantedRecord;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -33,7 +33,7 @@ impl RecordsSize {
     /// seen before.
     pub(crate) fn of(wanted: &[WantedRecord<'_>], shard: &VocabShard) -> Self {
         let records = wanted.len().next_multiple_of(16);
-        let words: usize = wanted.iter().map(|w| w.record.words()).sum();
+        let words = words_of(wanted);
         let listed = |w: &WantedRecord<'_>| w.sample.penalized.len() + w.sample.banned.len();
         let ids: usize = wanted.iter().map(listed).sum();
         Self {
@@ -45,6 +45,12 @@ impl RecordsSize {
                 _ => records.saturating_mul(shard.padded_rows),
             },
         }
+    }
+
+    /// Words of no more requests and ids than these.
+    pub(super) fn sent_at_most(&self) -> usize {
+        let requests = self.records * size_of::<RecordRequest>() / size_of::<u32>();
+        requests.saturating_add(self.ids)
     }
 
     /// No records of up to this size take more bytes, those that `ranks` ranks gather included.
@@ -72,6 +78,42 @@ pub fn sampling_records(
     first_id: usize,
     wanted: &[WantedRecord<'_>],
 ) -> Result<Vec<u32>> {
+    let mut records = vec![0; words_of(wanted)];
+    let mut out = pool.buffer(size_of_val(records.as_slice()))?;
+    let send = |words: &[u32], to: &mut DeviceSliceMut<'_>| stream.upload(words, to);
+    put_records(
+        kernels,
+        stream,
+        pool,
+        logits,
+        first_id,
+        wanted,
+        send,
+        &mut out.as_mut(),
+    )?;
+    stream.download(out.as_ref(), &mut records)?;
+    sort_lists(&mut records, wanted);
+    Ok(records)
+}
+
+/// Words of all these records.
+pub(crate) fn words_of(wanted: &[WantedRecord<'_>]) -> usize {
+    wanted.iter().map(|wanted| wanted.record.words()).sum()
+}
+
+/// Puts the kernel into `stream` that leaves records in `out`, one after another, with lists of
+/// candidates in any order: see [`sort_lists`]. `send` puts words into device memory.
+#[expect(clippy::too_many_arguments, reason = "the operands of one operation")]
+pub(super) fn put_records(
+    kernels: &Kernels,
+    stream: &Stream,
+    pool: &DevicePool,
+    logits: Rows<'_>,
+    first_id: usize,
+    wanted: &[WantedRecord<'_>],
+    send: impl FnOnce(&[u32], &mut DeviceSliceMut<'_>) -> Result<()>,
+    out: &mut DeviceSliceMut<'_>,
+) -> Result<()> {
     let layout = *logits.layout();
     if layout.dtype != DType::F32 {
         return Err(Error::shape(
@@ -93,7 +135,7 @@ pub fn sampling_records(
         ));
     }
     if wanted.is_empty() {
-        return Ok(Vec::new());
+        return Ok(());
     }
 
     let (mut requests, mut ids, mut words) = (Vec::new(), Vec::<u32>::new(), 0);
@@ -132,16 +174,27 @@ pub fn sampling_records(
         words += record.record.words();
     }
     let blocks = count("records", wanted.len(), i32::MAX as u32)?;
-    let device_requests = pool.upload(&words_of(&requests), stream)?;
-    let device_ids = pool.upload(&ids, stream)?;
+    if out.len() != words * size_of::<u32>() {
+        let bytes = words * size_of::<u32>();
+        return Err(Error::shape(
+            "records: bytes of the output",
+            bytes,
+            out.len(),
+        ));
+    }
     let edited = if ids.is_empty() { 0 } else { wanted.len() };
+    // Requests, then ids.
+    let mut image: Vec<u32> = bytemuck::cast_slice(&image_of(&requests)).to_vec();
+    let ids_at = size_of_val(image.as_slice()) as u64;
+    image.extend(ids);
+    let mut device_image = pool.buffer(size_of_val(image.as_slice()))?;
+    send(&image, &mut device_image.as_mut())?;
     let edited = pool.buffer(edited * layout.cols * size_of::<f32>())?;
-    let out = pool.buffer(words * size_of::<u32>())?;
     let params = RecordsParams {
         logits: logits.address() as *const _,
         edited: edited.address() as *mut _,
-        requests: device_requests.address() as *const _,
-        ids: device_ids.address() as *const _,
+        requests: device_image.address() as *const _,
+        ids: (device_image.address() + ids_at) as *const _,
         out: out.address() as *mut _,
         stride: layout.stride as u64,
         cols: layout.cols as u32,
@@ -150,10 +203,13 @@ pub fn sampling_records(
     let shape = Launch::linear(blocks, abi::kRecordThreads);
     // SAFETY: the rows are of the logits, the ids of the shard, and every record has its words of
     // the output and, where any has ids, its row of the copies. One block a record.
-    unsafe { stream.launch(kernels.get("sampling_records")?, shape, &params) }?;
-    let mut records = vec![0; words];
-    stream.download(out.as_ref(), &mut records)?;
-    let mut rest = records.as_mut_slice();
+    unsafe { stream.launch(kernels.get("sampling_records")?, shape, &params) }
+}
+
+/// Puts the lists of candidates in `records`, those of one rank, into the order in which the CPU has
+/// them: best first.
+pub(super) fn sort_lists(records: &mut [u32], wanted: &[WantedRecord<'_>]) {
+    let mut rest = records;
     for record in wanted {
         let (words, tail) = rest.split_at_mut(record.record.words());
         if let Record::Candidates { .. } = record.record {
@@ -161,7 +217,6 @@ pub fn sampling_records(
         }
         rest = tail;
     }
-    Ok(records)
 }
 
 /// Puts a list of candidates, which the kernel leaves in any order, best first.
@@ -179,7 +234,7 @@ fn sort(words: &mut [u32]) {
 }
 
 /// The requests as words of 64 bits.
-fn words_of(requests: &[RecordRequest]) -> Vec<u64> {
+fn image_of(requests: &[RecordRequest]) -> Vec<u64> {
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
     let words = |r: &RecordRequest| {
         [

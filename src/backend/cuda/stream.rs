@@ -5,6 +5,7 @@
 //! foreign `CUstream`.
 
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::event::Event;
@@ -19,6 +20,7 @@ pub struct Stream {
     raw: sys::CUstream,
     /// Whether this made it and must destroy it.
     own: bool,
+    waits: AtomicU64,
 }
 
 // SAFETY: a CUstream is a handle that any thread may use; calls on it are thread-safe.
@@ -41,6 +43,7 @@ impl Stream {
             context: context.clone(),
             raw,
             own: true,
+            waits: AtomicU64::new(0),
         })
     }
 
@@ -54,6 +57,7 @@ impl Stream {
             context: context.clone(),
             raw: raw.cast(),
             own: false,
+            waits: AtomicU64::new(0),
         }
     }
 
@@ -75,12 +79,28 @@ impl Stream {
         format!("the stream of CUDA device {}", self.context.ordinal())
     }
 
+    /// How often the host has waited for work of the stream, through this value.
+    pub fn waits(&self) -> u64 {
+        self.waits.load(Ordering::Relaxed)
+    }
+
+    fn count_a_wait(&self) {
+        self.waits.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Waits until the stream has passed `event`, which was recorded in it.
+    pub(super) fn wait_until_past(&self, event: &Event) -> Result<()> {
+        self.count_a_wait();
+        event.synchronize()
+    }
+
     /// Waits until all that was put in has run. It waits without a bound: see
     /// [`Self::wait_until_idle`] where peers are involved.
     ///
     /// # Errors
     /// [`Error::Driver`], also of work that failed.
     pub fn synchronize(&self) -> Result<()> {
+        self.count_a_wait();
         let _entered = self.context.enter()?;
         // SAFETY: the stream is alive.
         let code = unsafe { sys::cuStreamSynchronize(self.raw) };
@@ -111,6 +131,7 @@ impl Stream {
     /// # Errors
     /// [`Error::Driver`], also of work that failed.
     pub fn wait_until_idle(&self, most: Duration) -> Result<bool> {
+        self.count_a_wait();
         let begin = Instant::now();
         let mut pause = Duration::from_micros(10);
         while !self.is_idle()? {

@@ -1,8 +1,8 @@
 //! Ranks on devices as a model sees them: collectives on tensors of the CUDA backend.
 
 use super::P2pComm;
-use crate::backend::cuda::{CudaBackend, CudaTensor, RecordsSize};
-use crate::backend::{Backend, WantedRecord};
+use crate::backend::WantedRecord;
+use crate::backend::cuda::{CudaBackend, CudaTensor, RecordsSize, words_of};
 use crate::comm::Communicator;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -86,8 +86,15 @@ impl Communicator<CudaBackend> for P2pComm {
     ) -> Result<Vec<u32>> {
         same_stream(self, backend)?;
         backend.reserve_records(self, RecordsSize::of(wanted, shard))?;
-        let words = backend.records(logits, shard.ids.start, wanted)?;
-        self.all_gather_words(backend, &words)
+        let bytes = size_of::<u32>() * words_of(wanted);
+        let pool = backend.passing().clone();
+        let (mut own, mut all) = (pool.buffer(bytes)?, pool.buffer(bytes * self.world_size())?);
+        backend.put_records(logits, shard.ids.start, wanted, &mut own.as_mut())?;
+        self.all_gather(DType::F32, own.as_ref(), &mut all.as_mut())?;
+        backend.order_records(all.as_ref())?;
+        // The one wait of a step.
+        self.synchronize()?;
+        Ok(backend.ordered_records(self.world_size(), wanted))
     }
 
     fn memory(&self) -> usize {
