@@ -70,13 +70,15 @@ impl Exploration {
 
 impl Machine {
     /// As [`set_seed`](Self::set_seed), and the seed chooses how to run as well. `devices` are
-    /// those that the program uses: one of them may become slow, and no other is.
+    /// those that the program uses: one of them may become slow, and no other is. Nothing is in
+    /// progress, and what was done before is known to all that comes.
     pub fn explore(&mut self, seed: u64, devices: u32) {
         let there = self.devices.len() as u32;
         let way = Exploration::of(seed, devices.clamp(1, there));
         self.set_schedule(way.schedule);
         self.world.memory.race.set_stale(way.stale);
         self.world.memory.links.set_slow(way.slow);
+        self.settle();
         self.set_seed(seed);
     }
 }

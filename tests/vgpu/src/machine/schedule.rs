@@ -22,6 +22,8 @@ const SLOWNESS: u64 = 16;
 const SLOW_ACCESS: u64 = 4096;
 /// The first jump of the clock where nothing but reading it happens.
 const FIRST_LEAP: u64 = 1 << 14;
+/// The clock leaps no further: two and a half centuries before it would begin anew.
+const LAST_LEAP: u64 = 1 << 63;
 /// Turns among which the falls of a `pct` schedule are spread, for each that there is.
 const FALLS_WITHIN: u64 = 4096;
 
@@ -227,10 +229,11 @@ impl Machine {
                 return Progress::Stuck;
             }
             let scheduler = &mut self.scheduler;
-            if self.world.clock_reads != scheduler.clock_reads {
+            let clock_was_read = self.world.clock_reads != scheduler.clock_reads;
+            if clock_was_read && self.world.now < LAST_LEAP {
                 // Whoever waits for a time to come need not be watched waiting.
                 let to = self.world.now.saturating_add(scheduler.leap);
-                let to = to.min(self.clock_limit);
+                let to = to.min(self.clock_limit).min(LAST_LEAP);
                 if to <= self.world.now {
                     return Progress::TooEarly;
                 }
@@ -288,7 +291,11 @@ impl Machine {
     /// The warp with the highest priority among those that can go on.
     fn choose_highest(&mut self) -> Result<(usize, usize), Option<u64>> {
         let now = self.world.now;
-        let slow = self.world.memory.links.slow();
+        let mut slow = self.world.memory.links.slow();
+        // Or it would never have a turn while others spin until it has done something.
+        if slow != 0 && self.scheduler.random().is_multiple_of(SLOWNESS) {
+            slow = 0;
+        }
         let mut earliest = None::<u64>;
         let mut highest = None;
         for (b, resident) in self.resident.iter().enumerate() {

@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use rustc_hash::FxHashSet;
+
 use super::blocks::Grid;
 use super::engine::{Machine, Progress};
 use super::{Launch, World};
@@ -207,6 +209,23 @@ impl Machine {
     pub fn host_synchronised_event(&mut self, id: EventId) {
         if let Some(event) = self.events.get(&id) {
             self.host_clock.join(&event.clock);
+        }
+    }
+
+    /// Nothing is in progress, and all that was done is known to whatever comes: what a program
+    /// remembers then does not grow with every stream that it ever had.
+    pub(super) fn settle(&mut self) {
+        for stream in self.streams.values() {
+            self.host_clock.join(&stream.clock);
+        }
+        let streams: FxHashSet<u32> = self.streams.keys().map(|id| id.0).collect();
+        let is_there = |stream| streams.contains(&stream);
+        self.world.memory.race.settle(is_there);
+        let race = &self.world.memory.race;
+        let of_streams = self.streams.values_mut().map(|s| &mut s.clock);
+        let of_events = self.events.values_mut().map(|e| &mut e.clock);
+        for clock in of_streams.chain(of_events).chain([&mut self.host_clock]) {
+            clock.settle(race, is_there);
         }
     }
 

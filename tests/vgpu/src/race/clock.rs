@@ -163,7 +163,7 @@ impl Knowledge {
         let streams = &self.streams;
         self.blocks.retain(|&(block, _)| {
             let actor = &race.actors[block as usize];
-            streams.get(&actor.stream).is_none_or(|&n| n < actor.number)
+            block >= race.settled && streams.get(&actor.stream).is_none_or(|&n| n < actor.number)
         });
     }
 }
@@ -232,6 +232,12 @@ impl StreamClock {
     /// Forgets what is known otherwise.
     pub fn prune(&mut self, race: &Race) {
         self.known.prune(race);
+    }
+
+    /// Forgets streams that are gone, of which all is known otherwise.
+    pub fn settle(&mut self, race: &Race, is_there: impl Fn(u32) -> bool) {
+        self.known.streams.retain(|&stream, _| is_there(stream));
+        self.prune(race);
     }
 
     pub(super) fn of(&self, stream: u32) -> u64 {

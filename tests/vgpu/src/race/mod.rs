@@ -221,6 +221,8 @@ pub struct Race {
     actors: Vec<Actor>,
     /// The last piece of work each stream began.
     latest: BTreeMap<u32, u64>,
+    /// Every actor before this one is known to all that is still to come.
+    settled: u64,
     accesses: FxHashMap<u32, Access>,
     readers: readers::Readers,
     /// The host call in progress: its number among the actors, and what it knows.
@@ -252,6 +254,7 @@ impl Race {
             on,
             actors: vec![nobody],
             latest: BTreeMap::new(),
+            settled: 0,
             accesses: FxHashMap::from_iter([(HOST_OP, host)]),
             readers: readers::Readers::default(),
             host: None,
@@ -308,8 +311,15 @@ impl Race {
             stream,
             number,
             clock,
-            floor: if all { next } else { 0 },
+            floor: if all { next } else { self.settled },
         }
+    }
+
+    /// What was done so far is known to all that is still to come: nothing is in progress. Nothing
+    /// need be kept of streams that are gone.
+    pub fn settle(&mut self, is_there: impl Fn(u32) -> bool) {
+        self.settled = self.actors.len() as u64;
+        self.latest.retain(|&stream, _| is_there(stream));
     }
 
     /// The host's accesses that follow belong to a piece of work of a stream.
@@ -436,7 +446,9 @@ impl Race {
     /// Whether it tells of the whole piece of work of which an access is part.
     fn knows_stream(&self, known: &Knowledge, epoch: Epoch) -> bool {
         let actor = &self.actors[epoch.block() as usize];
-        known.of_stream(actor.stream) >= actor.number && actor.number > 0
+        let is_known =
+            epoch.block() < self.settled || known.of_stream(actor.stream) >= actor.number;
+        is_known && actor.number > 0
     }
 
     /// What is missing between two accesses, in words.
