@@ -10,10 +10,10 @@ mod p2p_support;
 mod custom_collective;
 
 use custom_collective::tree::TREE;
-use p2p_suite::{Devices, Operation, Order, Target, dtype_of};
+use p2p_suite::{Code, Devices, Operation, Order, Suite, Target, dtype_of};
 
 /// Runs of every scenario, each with a seed of its own. `RINGTP_SEEDS` changes the number.
-const ROUNDS: u32 = 4;
+const ROUNDS: u64 = 4;
 
 #[test]
 fn it_sums_along_the_tree_to_the_bit_and_survives_losses() {
@@ -29,9 +29,9 @@ fn it_sums_along_the_tree_to_the_bit_and_survives_losses() {
             operation: Operation::AllReduce(&TREE),
             order: Order::Tree,
             dtype: dtype_of(kernel),
-            rounds: rounds.unwrap_or(ROUNDS),
         };
-        if let Err((how, runs)) = devices.judge(&target, None) {
+        let mut suite = Suite::of(target, 0..rounds.unwrap_or(ROUNDS));
+        if let Err((how, runs)) = devices.judge(&mut suite, Code::Shipped, usize::MAX) {
             panic!("{kernel}, run {runs}: {how}");
         }
     }

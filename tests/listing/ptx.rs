@@ -35,6 +35,30 @@ pub(crate) fn kernels(text: &str) -> Vec<Kernel> {
     kernels
 }
 
+/// The listing with nothing in the bodies of the kernels but one.
+pub(crate) fn alone(text: &str, kernel: &str) -> String {
+    let (mut own, mut depth, mut left) = (true, 0, String::with_capacity(text.len()));
+    for line in text.split_inclusive('\n') {
+        let bare = line.split("//").next().unwrap_or_default();
+        if let Some((_, rest)) = bare.split_once(".entry ") {
+            own = rest.split('(').next().unwrap_or(rest).trim() == kernel;
+        }
+        let before = depth;
+        depth += bare.matches('{').count();
+        depth -= bare.matches('}').count();
+        match (own, before, depth) {
+            (true, ..) | (_, 0, 0) => left.push_str(line),
+            (false, 0, _) => left.push_str("{\nret;\n"),
+            (false, _, 0) => {
+                left.push_str("}\n");
+                own = true;
+            }
+            _ => {}
+        }
+    }
+    left
+}
+
 /// `.file 1 "path"`
 fn files(text: &str) -> BTreeMap<u32, String> {
     let file = |line: &str| {

@@ -82,6 +82,11 @@ impl fmt::Display for Mutant {
 }
 
 impl Mutant {
+    /// The line that names it, without the kernel.
+    pub(crate) fn fault_line(&self) -> String {
+        format!("{}\t{}\t{}", self.place, self.instruction, self.fault)
+    }
+
     /// The PTX with the fault, ending in zero as the driver wants it.
     pub(crate) fn apply(&self, ptx: &str) -> Vec<u8> {
         let mut text = ptx.to_owned();

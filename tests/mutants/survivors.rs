@@ -42,22 +42,25 @@ pub(crate) fn read(path: &str) -> Vec<Survivor> {
     let lines = text.lines().enumerate();
     let lines = lines.filter(|(_, line)| !line.trim().is_empty() && !line.starts_with('#'));
     lines
-        .map(|(number, line)| {
-            let columns: Vec<&str> = line.split('\t').map(str::trim).collect();
-            let [kernels, place, instruction, fault, reason] = columns[..] else {
-                panic!("{path}:{}: expected five columns between tabs", number + 1);
-            };
-            assert!(
-                reason.split_whitespace().count() >= 5,
-                "{path}:{}: a reason is an argument",
-                number + 1
-            );
-            Survivor {
-                columns: [kernels, place, instruction, fault].map(str::to_owned),
-                reason: reason.to_owned(),
-            }
+        .map(|(number, text)| {
+            line(text).unwrap_or_else(|why| panic!("{path}:{}: {why}", number + 1))
         })
         .collect()
+}
+
+/// What a line says.
+pub(crate) fn line(text: &str) -> Result<Survivor, &'static str> {
+    let columns: Vec<&str> = text.split('\t').map(str::trim).collect();
+    let [kernels, place, instruction, fault, reason] = columns[..] else {
+        return Err("expected five columns between tabs");
+    };
+    if reason.split_whitespace().count() < 5 {
+        return Err("a reason is an argument");
+    }
+    Ok(Survivor {
+        columns: [kernels, place, instruction, fault].map(str::to_owned),
+        reason: reason.to_owned(),
+    })
 }
 
 /// Whether `text` is what `pattern` says, where `*` stands for anything.

@@ -1,5 +1,6 @@
 //! Ranks that do not come, come too late, call something else, or end the group.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use ringtp::backend::cuda::abi;
@@ -7,23 +8,41 @@ use ringtp::comm::CommError;
 use ringtp::comm::p2p::P2pOptions;
 use ringtp::dtype::Element;
 
-use super::operation::{Call, Order, for_type};
+use super::operation::{Call, Operation, Order, for_type};
 use super::sums::{prepare, put};
 use super::watch::Watch;
 use super::{Outcome, Party, Target, between_ranks, options, words};
 use crate::p2p_support::{Message, Rank, same};
 
-/// Bytes of a message with several blocks.
+/// Bytes for which there are several blocks, of the stretch of a message that blocks share: see
+/// [`stretches`].
 const BYTES: usize = 2100;
 
 /// Of a call that is not the one of the others.
 const OTHER_BYTES: usize = 4236;
 
-fn ranks(target: &Target) -> usize {
+/// Bytes of a message of the ring, of which each block takes whole ones.
+const RING_MESSAGE: usize = abi::kRingMessageBytes as usize;
+
+/// How many stretches a message has: where each rank works on its own part, one for each.
+pub(super) fn stretches(target: &Target, n: usize) -> usize {
+    let name = match target.operation {
+        Operation::AllReduce(algorithm) => algorithm.name(),
+        Operation::ReduceScatter | Operation::Broadcast { in_parts: true } => return n,
+        _ => return 1,
+    };
+    if matches!(name, "two-shot" | "ring") {
+        n
+    } else {
+        1
+    }
+}
+
+pub(super) fn ranks(target: &Target) -> usize {
     if target.is_ring() { 4 } else { 3 }
 }
 
-fn call(target: &Target, n: usize, bytes: usize, size: usize) -> Call {
+pub(super) fn call(target: &Target, n: usize, bytes: usize, size: usize) -> Call {
     Call {
         operation: target.operation,
         ranks: n,
@@ -33,8 +52,18 @@ fn call(target: &Target, n: usize, bytes: usize, size: usize) -> Call {
     }
 }
 
+/// The same with several blocks.
+fn wide_call(target: &Target, n: usize, bytes: usize, size: usize) -> Call {
+    let least = if target.is_ring() { RING_MESSAGE } else { 0 };
+    call(target, n, (least + bytes) * stretches(target, n), size)
+}
+
 /// Calls of all ranks, with messages of ones.
-fn prepared<T: Element>(ranks: &[Rank], call: &Call, times: usize) -> Vec<Vec<(Message, Message)>> {
+pub(super) fn prepared<T: Element>(
+    ranks: &[Rank],
+    call: &Call,
+    times: usize,
+) -> Vec<Vec<(Message, Message)>> {
     let of = |rank: &Rank| {
         let message = vec![T::from_f32(1.0); call.input(rank.comm.rank())];
         (0..times)
@@ -67,7 +96,7 @@ fn late<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Outcome {
         ..options()
     };
     let (_group, mut ranks) = party.group(target, n, seed, options)?;
-    let call = call(target, n, BYTES, size_of::<T>());
+    let call = wide_call(target, n, BYTES, size_of::<T>());
     let mut memory = prepared::<T>(&ranks, &call, 2);
     // What they say is read on other devices while they say it.
     let watches = watches(&ranks)?;
@@ -129,7 +158,7 @@ pub(super) fn another_call(party: &Party<'_>, target: &Target, seed: u64) -> Out
 fn other<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Outcome {
     let n = ranks(target);
     let options = P2pOptions {
-        deadline: Duration::from_millis(20),
+        deadline: Duration::from_nanos(u64::MAX),
         ..options()
     };
     let (_group, mut ranks) = party.group(target, n, seed, options)?;
@@ -137,7 +166,7 @@ fn other<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Outcome {
     let calls: Vec<Call> = (0..n)
         .map(|rank| {
             let bytes = if rank == odd { OTHER_BYTES } else { BYTES };
-            call(target, n, bytes, size_of::<T>())
+            wide_call(target, n, bytes, size_of::<T>())
         })
         .collect();
     let mut memory: Vec<_> = (0..n)
@@ -178,7 +207,7 @@ fn abort<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Outcome {
         ..options()
     };
     let (_group, mut ranks) = party.group(target, n, seed, options)?;
-    let call = call(target, n, BYTES, size_of::<T>());
+    let call = wide_call(target, n, BYTES, size_of::<T>());
     let mut memory = prepared::<T>(&ranks, &call, 1);
     let by = seed as usize % n;
     for rank in (0..n).filter(|&rank| rank != by) {
@@ -228,7 +257,7 @@ fn left_behind<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Out
         ..options()
     };
     let (_group, mut ranks) = party.group(target, n, seed, options)?;
-    let call = call(target, n, BYTES, size_of::<T>());
+    let call = wide_call(target, n, BYTES, size_of::<T>());
     let mut memory = prepared::<T>(&ranks, &call, 1);
     let watches = watches(&ranks)?;
     for (rank, memory) in ranks.iter_mut().zip(&mut memory) {
@@ -262,11 +291,16 @@ fn left_behind<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Out
 
 /// A watch of each rank's record, on the next rank's device.
 fn watches(ranks: &[Rank]) -> Result<Vec<Watch>, String> {
+    watches_of(ranks, 0..ranks.len())
+}
+
+/// The same of some ranks.
+pub(super) fn watches_of(ranks: &[Rank], some: Range<usize>) -> Result<Vec<Watch>, String> {
     let next = |rank: usize| ranks[(rank + 1) % ranks.len()].comm.stream().context();
-    let watches = (0..ranks.len()).map(|rank| Watch::new(next(rank)));
+    let watches = some.clone().map(|rank| Watch::new(next(rank)));
     let watches: Vec<Watch> = watches.collect::<Result<_, _>>()?;
-    for (watch, rank) in watches.iter().zip(ranks) {
-        watch.start(rank.comm.record_address())?;
+    for (watch, rank) in watches.iter().zip(some) {
+        watch.start(ranks[rank].comm.record_address())?;
     }
     Ok(watches)
 }
@@ -283,20 +317,24 @@ fn leaves<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Outcome 
         ..options()
     };
     let (_group, mut ranks) = party.group(target, n, seed, options)?;
-    let call = call(target, n, BYTES, size_of::<T>());
+    let call = wide_call(target, n, BYTES, size_of::<T>());
     let mut memory = prepared::<T>(&ranks, &call, 2);
     let gone = n - 1;
     let watches = watches(&ranks[..gone])?;
-    for (rank, memory) in ranks.iter_mut().zip(&mut memory) {
+    for rank in 0..n {
         // The others have waited long enough to look at the flag but once between two looks at the
         // word that says that its writer has left.
-        for _ in 0..12 * usize::from(rank.comm.rank() == gone) {
-            rank.comm.stream().is_idle().map_err(words)?;
+        for _ in 0..12 * usize::from(rank == gone) {
+            ranks[0].comm.stream().is_idle().map_err(words)?;
         }
-        put::<T>(rank, &call, &mut memory[0])?;
+        put::<T>(&mut ranks[rank], &call, &mut memory[rank][0])?;
     }
-    // It does not come to the second call.
+    // It does not come to the second call. The others know of nothing before that: whoever gives up
+    // tells those who are still in the first.
     drop(ranks.pop());
+    for rank in &ranks {
+        rank.comm.stream().synchronize().map_err(words)?;
+    }
     for (rank, memory) in ranks.iter_mut().zip(&mut memory) {
         put::<T>(rank, &call, &mut memory[1])?;
     }

@@ -7,6 +7,8 @@
 
 mod losses;
 mod operation;
+mod probe;
+mod stops;
 mod sums;
 mod watch;
 
@@ -16,7 +18,7 @@ use std::time::Duration;
 use ringtp::backend::cuda::{Context, Family, Kernels, Stream, families, fatbins};
 use ringtp::comm::CommError;
 use ringtp::comm::cost::Wire;
-use ringtp::comm::p2p::{P2pGroup, P2pOptions};
+use ringtp::comm::p2p::{DeviceAllReduce, P2pGroup, P2pOptions};
 use test_driver::Taken;
 
 use crate::p2p_support::Rank;
@@ -72,41 +74,115 @@ impl Devices {
         let _ = self.driver.findings();
     }
 
-    /// Runs the suite of `target` with `image` as the code of `family`, or as shipped, until
-    /// something is wrong: what, and after how many runs.
+    /// Makes the runs of a suite, `most` of them, until something is wrong: what, and after how many
+    /// runs. What is shipped passes the run that found it, or this panics.
     pub(crate) fn judge(
         &mut self,
-        target: &Target,
-        image: Option<(Family, &[u8])>,
+        suite: &mut Suite,
+        code: Code<'_>,
+        most: usize,
     ) -> Result<u32, (String, u32)> {
-        let mut runs = 0;
-        let mut all = || -> Outcome {
-            let kernels = match image {
-                Some((family, image)) => self.with_image(family, image)?,
-                None => self.kernels.clone(),
-            };
-            let party = Party {
-                driver: &self.driver,
-                kernels,
-            };
-            for round in 0..target.rounds {
-                for scenario in target.scenarios() {
-                    runs += 1;
-                    let outcome = scenario(&party, target, round.into());
-                    let findings = self.driver.findings();
-                    if let Some(first) = findings.first() {
-                        return Err(first.clone());
-                    }
-                    outcome?;
-                }
-            }
-            Ok(())
-        };
-        let outcome = all();
+        let outcome = self.make(suite, code, most);
         self.recover();
-        match outcome {
-            Ok(()) => Ok(runs),
-            Err(how) => Err((how, runs)),
+        if outcome.is_err()
+            && let Some(run) = suite.runs.first_mut().filter(|run| !run.is_passed)
+        {
+            if let Err(how) = self.party(Code::Shipped).and_then(|party| run.on(&party)) {
+                panic!("as shipped: {how}");
+            }
+            run.is_passed = true;
+        }
+        outcome
+    }
+
+    fn party(&self, code: Code<'_>) -> Result<Party<'_>, String> {
+        Ok(Party {
+            driver: &self.driver,
+            kernels: match code {
+                Code::Of(family, image) => self.with_image(family, image)?,
+                _ => self.kernels.clone(),
+            },
+            outside: match code {
+                Code::Outside(algorithm) => Some(algorithm),
+                _ => None,
+            },
+        })
+    }
+
+    fn make(&self, suite: &mut Suite, code: Code<'_>, most: usize) -> Result<u32, (String, u32)> {
+        let party = self.party(code).map_err(|how| (how, 0))?;
+        for (index, run) in suite.runs.iter().enumerate().take(most) {
+            if let Err(how) = run.on(&party) {
+                suite.runs[..=index].rotate_right(1);
+                return Err((how, index as u32 + 1));
+            }
+        }
+        Ok(suite.runs.len() as u32)
+    }
+}
+
+/// What a suite is made to run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Code<'a> {
+    /// The kernels of the crate, and of the target's algorithm.
+    Shipped,
+    /// Another image of a family of the crate's.
+    Of(Family, &'a [u8]),
+    /// Another form of the target's algorithm, which is not the crate's.
+    Outside(&'static dyn DeviceAllReduce),
+}
+
+/// What a suite does once: a scenario and the seed of the virtual GPU's choices.
+struct Run {
+    name: &'static str,
+    seed: u64,
+    /// Whether what is shipped is known to pass it.
+    is_passed: bool,
+    body: Box<dyn Fn(&Party<'_>) -> Outcome>,
+}
+
+impl Run {
+    fn on(&self, party: &Party<'_>) -> Outcome {
+        let outcome = (self.body)(party);
+        match party.driver.findings().into_iter().next() {
+            Some(first) => Err(first),
+            None => outcome,
+        }
+        .map_err(|how| format!("{} of seed {}: {how}", self.name, self.seed))
+    }
+}
+
+/// The runs that a kernel must pass. The one that found the last fault comes first from then on:
+/// the next fault is often one beside it.
+pub(crate) struct Suite {
+    runs: Vec<Run>,
+}
+
+impl Suite {
+    /// Every scenario of a target with each of these seeds.
+    pub(crate) fn of(target: Target, seeds: impl Iterator<Item = u64>) -> Self {
+        let run = |seed, (name, scenario): (&'static str, Scenario)| Run {
+            name,
+            seed,
+            is_passed: false,
+            body: Box::new(move |party| scenario(party, &target, seed)),
+        };
+        let runs = seeds.flat_map(|seed| target.scenarios().into_iter().map(move |s| run(seed, s)));
+        Self {
+            runs: runs.collect(),
+        }
+    }
+
+    /// The kernel that tests links, with each of these seeds.
+    pub(crate) fn of_the_probe(seeds: impl Iterator<Item = u64>) -> Self {
+        let runs = seeds.map(|seed| Run {
+            name: "links",
+            seed,
+            is_passed: false,
+            body: Box::new(move |party| probe::links(party, seed)),
+        });
+        Self {
+            runs: runs.collect(),
         }
     }
 }
@@ -146,9 +222,10 @@ fn collectives(context: &Context) -> ringtp::Result<Kernels> {
 pub(crate) struct Party<'a> {
     driver: &'a Taken,
     kernels: Vec<Kernels>,
+    outside: Option<&'static dyn DeviceAllReduce>,
 }
 
-/// Something that the suite does with a collective, given a seed.
+/// Something that a suite does with a collective, given a seed.
 pub(crate) type Scenario = fn(&Party<'_>, &Target, u64) -> Outcome;
 
 impl Party<'_> {
@@ -164,7 +241,9 @@ impl Party<'_> {
         let options = P2pOptions {
             kernels: self.kernels.clone(),
             wire: Some(target.wire()),
-            algorithms: target.algorithms(),
+            algorithms: self
+                .outside
+                .map_or_else(|| target.algorithms(), |a| vec![a]),
             ..options
         };
         let made = P2pGroup::new(&devices, options);

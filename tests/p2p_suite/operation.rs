@@ -8,7 +8,7 @@ use ringtp::comm::p2p::{DeviceAllReduce, OneShot, P2pComm, Ring, TwoShot};
 use ringtp::comm::part;
 use ringtp::dtype::Element;
 
-use super::{Scenario, losses, sums, wire};
+use super::{Scenario, losses, stops, sums, wire};
 use crate::p2p_support::{ring_parts, ring_sum, sum};
 
 /// A collective.
@@ -30,13 +30,11 @@ pub(crate) enum Operation {
 /// Rows of [`Operation::Columns`].
 const ROWS: usize = 3;
 
-/// A collective for elements of a type, and how long it is tried.
+/// A collective for elements of a type.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Target {
     pub(crate) operation: Operation,
     pub(crate) dtype: DType,
-    /// How often every scenario runs, each time with another seed.
-    pub(crate) rounds: u32,
     /// In which order it sums. Around the ring, there are more ranks and shorter messages.
     pub(crate) order: Order,
 }
@@ -54,7 +52,7 @@ pub(crate) enum Order {
 
 impl Target {
     /// Every collective that uses a kernel of the crate, given whether the links are a mesh.
-    pub(crate) fn of_kernel(name: &str, mesh: bool, rounds: u32) -> Vec<Self> {
+    pub(crate) fn of_kernel(name: &str, mesh: bool) -> Vec<Self> {
         let dtype = dtype_of(name);
         let stem = match name {
             "leave" => name,
@@ -81,7 +79,6 @@ impl Target {
         let target = |&operation| Self {
             operation,
             dtype,
-            rounds,
             order: if stem.starts_with("ring") {
                 Order::Ring
             } else {
@@ -95,16 +92,44 @@ impl Target {
         self.order == Order::Ring
     }
 
-    pub(super) fn scenarios(&self) -> &'static [Scenario] {
-        &[
-            sums::back_to_back,
-            losses::a_rank_that_does_not_come,
-            sums::as_epochs_wrap,
-            losses::another_call,
-            losses::an_abort,
-            losses::a_rank_left_behind,
-            losses::a_rank_that_leaves,
-        ]
+    pub(super) fn scenarios(&self) -> Vec<(&'static str, Scenario)> {
+        let mut all: Vec<(&'static str, Scenario)> = vec![
+            ("calls back to back", sums::back_to_back),
+            (
+                "a rank that does not come",
+                losses::a_rank_that_does_not_come,
+            ),
+            ("epochs that wrap", sums::as_epochs_wrap),
+            ("another call", losses::another_call),
+            ("an abort", losses::an_abort),
+            ("a rank left behind", losses::a_rank_left_behind),
+            ("a rank that leaves", losses::a_rank_that_leaves),
+        ];
+        let has_two_barriers = match self.operation {
+            Operation::AllReduce(algorithm) => algorithm.name() == "two-shot",
+            Operation::Broadcast { in_parts } => in_parts,
+            _ => false,
+        };
+        let at_a_barrier: Scenario = stops::at_a_barrier;
+        let at_the_second: Scenario = stops::at_the_second_barrier;
+        let before_a_message: Scenario = stops::before_a_message;
+        let before_it_frees_a_slot: Scenario = stops::before_it_frees_a_slot;
+        match self.order {
+            Order::Ring => all.extend([
+                ("stopped at a barrier", at_a_barrier),
+                ("stopped before a message", before_a_message),
+                ("stopped before it frees a slot", before_it_frees_a_slot),
+            ]),
+            Order::Ranks => {
+                all.push(("stopped at a barrier", at_a_barrier));
+                if has_two_barriers {
+                    all.push(("stopped at the second barrier", at_the_second));
+                }
+            }
+            // Nobody waits for all others.
+            Order::Tree => {}
+        }
+        all
     }
 
     pub(super) fn wire(&self) -> Wire {

@@ -29,6 +29,7 @@ const PTX: &str = "
     ld.param.u64 %rd1, [params];
     ld.param.u64 %rd2, [params+8];
 again:
+    nanosleep.u32 4096;
     ld.acquire.sys.global.u64 %rd3, [%rd1];
     setp.eq.u64 %p1, %rd3, 0;
     @%p1 bra again;
@@ -85,9 +86,29 @@ impl Watch {
 
     /// The reason that was read, once there is one.
     pub(super) fn reason(&self) -> Result<u32, String> {
-        let mut words_read = [0u64; 5];
-        let out = self.out.as_ref();
-        self.stream.download(out, &mut words_read).map_err(words)?;
-        Ok(words_read[0] as u32)
+        Ok(self.record()?.reason)
     }
+
+    /// What was read, once there is something.
+    pub(super) fn record(&self) -> Result<Record, String> {
+        let mut read = [0u64; 5];
+        let out = self.out.as_ref();
+        self.stream.download(out, &mut read).map_err(words)?;
+        let [reason_step, block_peer, epoch, ..] = read;
+        Ok(Record {
+            reason: reason_step as u32,
+            step: (reason_step >> 32) as u32,
+            peer: (block_peer >> 32) as u32,
+            epoch,
+        })
+    }
+}
+
+/// The parts of a `CollectiveRecord` that do not depend on time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Record {
+    pub(super) reason: u32,
+    pub(super) step: u32,
+    pub(super) peer: u32,
+    pub(super) epoch: u64,
 }

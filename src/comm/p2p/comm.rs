@@ -85,6 +85,12 @@ impl P2pComm {
         self.shared.device(self.rank).record_address()
     }
 
+    /// Where the words of this rank are that its peers write: for tests that stand in for a peer.
+    #[doc(hidden)]
+    pub fn arena_address(&self) -> u64 {
+        self.shared.arenas[self.rank]
+    }
+
     /// The kernels on this rank's device: the crate's, or those of
     /// [`P2pOptions::kernels`](super::P2pOptions::kernels).
     pub fn kernels(&self) -> Kernels {
