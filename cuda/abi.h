@@ -182,8 +182,8 @@ RINGTP_ABI_SIZE(RowsParams, 72)
 enum { kRecordThreads = 512 };
 enum { kRecordBest = 0, kRecordDrawn = 1, kRecordCandidates = 2 };
 
-// A record that is wanted. `penalized` and `banned` are where its ids start among all, `out` where
-// its `words` words are.
+// A record that is wanted. `penalized` and `banned` are where its ids start among all, each of this
+// rank's; `out` is where its `words` words are.
 typedef struct RecordRequest {
     uint64_t seed;
     uint64_t draw;

@@ -167,7 +167,11 @@ __device__ __forceinline__ void load_queries(const AttentionParams &params, cons
 // Looks up where the chunk's `count` positions from `begin` on are.
 __device__ __forceinline__ void locate(const AttentionParams &params, const Tile &tile,
                                        const Shared &shared, uint32_t begin, uint32_t count) {
-    for (uint32_t i = threadIdx.x; i < count; i += kAttentionThreads) {
+    // Two turns at most.
+#pragma unroll
+    for (uint32_t turn = 0; turn < kAttentionChunk / kAttentionThreads; turn++) {
+        const uint32_t i = turn * kAttentionThreads + threadIdx.x;
+        if (i >= count) break;
         const uint32_t position = begin + i;
         const uint64_t block = params.tables[tile.item.table + position / params.page_size];
         const uint64_t head = block * params.kv_heads + tile.kv_head;
@@ -187,7 +191,7 @@ __device__ __forceinline__ void load_entries(const void *pages, const Shared &sh
         Pack<T> pack = {};
         if (first + entry < count) {
             const T *from = static_cast<const T *>(pages) + shared.offsets[first + entry];
-            pack = Pack<T>::load(from, at * Pack<T>::kSize, shared.padded, true);
+            pack = Pack<T>::load(from + at * Pack<T>::kSize);
         }
         float *to = &shared.entries[entry * (shared.padded + 4) + at * Pack<T>::kSize];
 #pragma unroll
@@ -437,8 +441,9 @@ template <typename T> __device__ __forceinline__ void attention(const AttentionP
 
 }  // namespace
 
+// At least four blocks a multiprocessor: left to itself, ptxas takes registers for three on some.
 #define RINGTP_ATTENTION(suffix, T)                                                      \
-    extern "C" __global__ void __launch_bounds__(kAttentionThreads)                      \
+    extern "C" __global__ void __launch_bounds__(kAttentionThreads, 4)                   \
         attention_##suffix(const __grid_constant__ AttentionParams params) {             \
         attention<T>(params);                                                            \
     }

@@ -76,17 +76,22 @@ template <typename T> struct Pack {
         return pack;
     }
 
+    // A whole pack, at a multiple of 16 bytes.
+    static __device__ __forceinline__ Pack load(const T *at) {
+        const uint4 words = ptx::ld_global_v4(at);
+        return {{words.x, words.y, words.z, words.w}};
+    }
+    __device__ __forceinline__ void store(T *at) const {
+        ptx::st_global_v4(at, make_uint4(words[0], words[1], words[2], words[3]));
+    }
+
     // The pack of a row that starts at element `first`; elements from `cols` on are zero.
     // `aligned`: the row starts at a multiple of 16 bytes.
     static __device__ __forceinline__ Pack load(const T *row, uint32_t first, uint32_t cols,
                                                 bool aligned) {
         Pack pack = {};
         if (aligned && first + kSize <= cols) {
-            const uint4 words = ptx::ld_global_v4(row + first);
-            pack.words[0] = words.x;
-            pack.words[1] = words.y;
-            pack.words[2] = words.z;
-            pack.words[3] = words.w;
+            pack = load(row + first);
         } else {
 #pragma unroll
             for (uint32_t i = 0; i < kSize; i++) {
@@ -99,7 +104,7 @@ template <typename T> struct Pack {
     __device__ __forceinline__ void store(T *row, uint32_t first, uint32_t cols,
                                           bool aligned) const {
         if (aligned && first + kSize <= cols) {
-            ptx::st_global_v4(row + first, make_uint4(words[0], words[1], words[2], words[3]));
+            store(row + first);
         } else {
 #pragma unroll
             for (uint32_t i = 0; i < kSize; i++) {

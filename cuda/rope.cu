@@ -67,7 +67,8 @@ template <typename T> __device__ __forceinline__ void rope_append(const RopePara
         const uint32_t head = i / packs, first = i % packs * Pack<T>::kSize;
         const T *from = values + static_cast<uint64_t>(head) * head_dim;
         T *to = static_cast<T *>(params.values) + entry(head);
-        Pack<T>::load(from, first, head_dim, aligned).store(to, first, padded, true);
+        // An entry is whole packs.
+        Pack<T>::load(from, first, head_dim, aligned).store(to + first);
     }
 }
 

@@ -82,18 +82,14 @@ __device__ __forceinline__ Row processed(const RecordsParams &params,
     // Orders the copy before the changes to it, these before the bans, and those before reads.
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < request.penalized_count; i += kRecordThreads) {
-        const uint32_t at = penalized[i] - row.first_id;
-        if (at >= row.cols) continue;
-        const float logit = copy[at];
+        float &logit = copy[penalized[i] - row.first_id];
         // A penalty below 1 may overflow: stay a number.
-        copy[at] = logit < 0.0f
-                       ? __fmul_rn(logit, request.penalty)
-                       : fminf(__fdiv_rn(logit, request.penalty), CUDART_MAX_NORMAL_F);
+        logit = logit < 0.0f ? __fmul_rn(logit, request.penalty)
+                             : fminf(__fdiv_rn(logit, request.penalty), CUDART_MAX_NORMAL_F);
     }
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < request.banned_count; i += kRecordThreads) {
-        const uint32_t at = banned[i] - row.first_id;
-        if (at < row.cols) copy[at] = -CUDART_INF_F;
+        copy[banned[i] - row.first_id] = -CUDART_INF_F;
     }
     __syncthreads();
     row.logits = copy;
@@ -136,9 +132,10 @@ __device__ __forceinline__ void drawn(Exchange &exchange, const RecordRequest &r
 __device__ __forceinline__ uint64_t radix_select(Exchange &exchange, const Row &row,
                                                  uint32_t wanted) {
     __shared__ uint32_t chosen, below, inside;
+    static_assert(kRecordThreads >= 256, "a thread a bin");
     uint64_t prefix = 0;
     for (int shift = 56; shift >= 0; shift -= 8) {
-        for (uint32_t i = threadIdx.x; i < 256; i += kRecordThreads) exchange.bins[i] = 0;
+        if (threadIdx.x < 256) exchange.bins[threadIdx.x] = 0;
         // Orders the zeros before the counts, the counts before their sums, and those before reads.
         __syncthreads();
         row.each([&](float logit, uint32_t id) {
