@@ -1,12 +1,12 @@
 //! A fault made in a kernel of the model by mechanical means is noticed: a barrier dropped, a bound
 //! shifted, operands swapped, a mask narrowed, memory order or scope weakened. Each mutant must give
-//! other bytes than the kernel as shipped (which the other tests hold against an oracle), write
-//! outside of its operands, or make the virtual GPU find something. Those for which no test can be
-//! written are in `cuda_mutants/survivors.tsv`, with the reason.
+//! other bytes than the kernel as shipped (which the other tests hold against an oracle), make other
+//! accesses to memory, write outside of its operands, or make the virtual GPU find something. Those
+//! for which no test can be written are in `cuda_mutants/survivors.tsv`, with the reason.
 //!
-//! `cargo test --features cuda --test cuda_mutants -- --ignored --nocapture` runs a sample, with
-//! `RINGTP_MUTANTS=all` all: see `mutants/judge.rs`. **Unfinished**: of one sample everything that
-//! survives is argued, of others not.
+//! The ordinary run takes a sample, `RINGTP_MUTANTS=all` all, and any other text those whose name
+//! contains it (`RINGTP_MUTANTS=gemm_few_f32`): see `mutants/judge.rs`. With `-- --nocapture` it says
+//! how each was found.
 #![cfg(feature = "cuda")]
 
 mod cuda_support;
@@ -15,14 +15,15 @@ mod mutants;
 #[path = "cuda_mutants/problems.rs"]
 mod problems;
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use cuda_support::Gpu;
 use mutants::judge::{Tally, Verdict, choose};
-use mutants::{Sources, operators, shipped, survivors};
+use mutants::{Mutant, Sources, operators, shipped, survivors};
 use problems::{Problem, problems_of};
 use ringtp::backend::cuda::{Family, families, fatbins};
-use test_driver::report::Counts;
+use test_driver::report::{Counts, Global, Shared};
 
 const LIST: &str = "tests/cuda_mutants/survivors.tsv";
 
@@ -41,25 +42,27 @@ const OPERATORS: [operators::Operator; 6] = [
     operators::scope::faults,
 ];
 
-/// What a problem comes to: the bytes that it could have written, and what its kernels asked of
-/// memory, by which a wide access is told from several that do the same.
+/// What a problem comes to: the bytes that it could have written, and how many accesses its threads
+/// made to how many bytes, by which a wide access is told from several that do the same.
 #[derive(PartialEq)]
 struct Outcome {
     bytes: Vec<u8>,
-    traffic: Counts,
+    accesses: [(u64, u64); 6],
 }
 
-/// The part of what was counted that is about memory.
-fn traffic(counts: Counts) -> Counts {
-    Counts {
-        global_loads: counts.global_loads,
-        global_stores: counts.global_stores,
-        global_atomics: counts.global_atomics,
-        shared_loads: counts.shared_loads,
-        shared_stores: counts.shared_stores,
-        shared_atomics: counts.shared_atomics,
-        ..Counts::default()
-    }
+/// Loads, stores and atomics: of global memory, then of shared. How many a warp makes at once depends
+/// on the order of turns, where its threads go different ways; how many a thread makes does not.
+fn accesses(counts: &Counts) -> [(u64, u64); 6] {
+    let global = |of: &Global| (of.threads, of.bytes);
+    let shared = |of: &Shared| (of.threads, of.bytes);
+    [
+        global(&counts.global_loads),
+        global(&counts.global_stores),
+        global(&counts.global_atomics),
+        shared(&counts.shared_loads),
+        shared(&counts.shared_stores),
+        (counts.shared_atomics.threads, counts.shared_atomics.bytes),
+    ]
 }
 
 /// Runs a problem: what it comes to, or what went wrong.
@@ -73,8 +76,8 @@ fn outcome(gpu: &Gpu, problem: &Problem, round: u64) -> Result<Outcome, String> 
         return Err(first.clone());
     }
     ran.map_err(|error| error.to_string())?;
-    let traffic = traffic(gpu.driver.report().total);
-    Ok(Outcome { bytes, traffic })
+    let accesses = accesses(&gpu.driver.report().total);
+    Ok(Outcome { bytes, accesses })
 }
 
 /// Runs a kernel's problems, round after round, as long as they come to the same as with the kernel
@@ -94,55 +97,79 @@ fn judge(gpu: &Gpu, problems: &[Problem], right: &[Outcome]) -> Verdict {
     Verdict::Survived
 }
 
+/// The listing without the other kernels, which nobody needs to read again for each mutant.
+fn alone(text: &str, kernel: &str) -> String {
+    let (mut kept, mut depth, mut skipped) = (String::new(), 0, false);
+    for line in text.split_inclusive('\n') {
+        let bare = line.split("//").next().unwrap_or_default();
+        if let Some((_, rest)) = bare.split_once(".entry ") {
+            skipped = rest.split('(').next().map(str::trim) != Some(kernel);
+        }
+        if !skipped {
+            kept.push_str(line);
+        }
+        depth += bare.matches('{').count();
+        let closed = bare.matches('}').count();
+        depth -= closed;
+        if closed > 0 && depth == 0 {
+            skipped = false;
+        }
+    }
+    kept
+}
+
 /// Runs the mutants of a family's kernels.
 fn run(family: Family, image: &'static [u8]) {
     let Some(mut gpu) = Gpu::take() else { return };
     let start = Instant::now();
     let text = shipped(family.name, image);
-    let list = survivors::read(LIST);
+    let mut list = survivors::read(LIST);
+    list.retain(|line| family.kernels.iter().any(|kernel| line.is_of(kernel)));
     let sources = Sources::read(&["cuda", "cuda/ptx"]);
-    let all = mutants::of(&text, &OPERATORS, &sources);
+    let text_of = |kernel: &&'static str| (*kernel, alone(&text, kernel));
+    let texts: BTreeMap<&str, String> = family.kernels.iter().map(text_of).collect();
+    let all = texts
+        .values()
+        .flat_map(|text| mutants::of(text, &OPERATORS, &sources));
+    let all: Vec<Mutant> = all.collect();
     let sum = all.len();
     let chosen = choose(all);
     println!("{}: {} of {sum} mutants", family.name, chosen.len());
     let mut tally = Tally::default();
     for kernel in family.kernels {
+        let chosen = chosen.iter().filter(|mutant| mutant.kernel == *kernel);
+        let mut chosen = chosen.peekable();
+        if chosen.peek().is_none() {
+            continue;
+        }
         let problems = problems_of(kernel);
         let runs = (0..ROUNDS).flat_map(|round| problems.iter().map(move |p| (round, p)));
         let right: Vec<Outcome> = runs
             .map(|(round, problem)| outcome(&gpu, problem, round))
             .collect::<Result<_, _>>()
             .unwrap_or_else(|how| panic!("{kernel} as shipped: {how}"));
-        // Only what is to run is loaded.
-        let alone = Family {
+        let own = Family {
             kernels: std::slice::from_ref(kernel),
             ..family
         };
-        for mutant in chosen.iter().filter(|mutant| mutant.kernel == *kernel) {
-            let own = gpu.kernels.clone();
+        for mutant in chosen {
             let begin = Instant::now();
             // SAFETY: PTX that ends in zero; what it does is up to the virtual GPU, which checks it.
-            let loaded = unsafe { own.with_image(alone, &mutant.apply(&text)) };
-            let verdict = match loaded {
-                Err(error) => Verdict::Found {
-                    how: error.to_string(),
-                    runs: 0,
-                },
-                Ok(kernels) => {
-                    gpu.kernels = kernels;
-                    judge(&gpu, &problems, &right)
-                }
-            };
+            let kernels = unsafe { gpu.kernels.with_image(own, &mutant.apply(&texts[kernel])) };
+            let kernels = kernels.unwrap_or_else(|e| panic!("no program: {mutant}\n{e}"));
+            let shipped = std::mem::replace(&mut gpu.kernels, kernels);
+            let verdict = judge(&gpu, &problems, &right);
+            gpu.kernels = shipped;
             let took = begin.elapsed();
             match &verdict {
-                Verdict::Survived => println!("SURVIVED {took:?} {mutant}"),
+                Verdict::Survived => println!("SURVIVED {took:?} {mutant} #{}", mutant.copy),
                 Verdict::Found { how, runs } => {
                     let how = how.lines().next().unwrap_or_default();
-                    println!("found {took:?} run {runs} {mutant}\n    {how:.200}");
+                    let copy = mutant.copy;
+                    println!("found {took:?} run {runs} {mutant} #{copy}\n    {how:.200}");
                 }
             }
             tally.count(mutant, &verdict, &list);
-            gpu.kernels = own;
             if gpu.stream.is_idle().is_err() {
                 // The context is lost, and ends with its last holder.
                 drop(gpu);
@@ -156,7 +183,6 @@ fn run(family: Family, image: &'static [u8]) {
 macro_rules! families {
     ($($test:ident: $family:literal;)*) => {
         $(#[test]
-        #[ignore = "the list of survivors is not complete: see the module"]
         fn $test() {
             let words = test_driver::in_a_child_with(stringify!($test), &[BUDGET], || {
                 let family = families().iter().find(|f| f.name == $family);

@@ -102,7 +102,8 @@ impl Tally {
                 }
             }
             Verdict::Survived if listed.is_empty() => {
-                self.faults.push(format!("survived:\n  {mutant}"));
+                self.faults
+                    .push(format!("survived:\n  {mutant} #{}", mutant.copy));
             }
             Verdict::Survived => self.equivalent += 1,
         }

@@ -67,6 +67,9 @@ pub(crate) struct Mutant {
     pub(crate) instruction: String,
     /// What was done to it.
     pub(crate) fault: String,
+    /// Which of those that all this is said of, in the order of the listing: copies of an unrolled
+    /// loop's body, mostly. Counted from 1.
+    pub(crate) copy: usize,
     range: Range<usize>,
     text: String,
 }
@@ -99,6 +102,7 @@ impl Mutant {
 /// Every mutant of the kernels in a listing that these operators make.
 pub(crate) fn of(text: &str, operators: &[Operator], sources: &Sources) -> Vec<Mutant> {
     let mut mutants = Vec::new();
+    let mut copies: BTreeMap<String, usize> = BTreeMap::new();
     for kernel in ptx::kernels(text) {
         for operator in operators {
             for (index, fault) in operator(&kernel) {
@@ -109,14 +113,19 @@ pub(crate) fn of(text: &str, operators: &[Operator], sources: &Sources) -> Vec<M
                     (Some(guard), _) => format!("{guard} {};", fault.text),
                     (None, _) => format!("{};", fault.text),
                 };
-                mutants.push(Mutant {
+                let mut mutant = Mutant {
                     kernel: kernel.name.clone(),
                     place: sources.place(&kernel, statement),
                     instruction: statement.opcode().to_owned(),
                     fault: fault.name,
+                    copy: 1,
                     range: statement.range.clone(),
                     text,
-                });
+                };
+                let copies = copies.entry(mutant.to_string()).or_default();
+                *copies += 1;
+                mutant.copy = *copies;
+                mutants.push(mutant);
             }
         }
     }

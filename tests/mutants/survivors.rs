@@ -2,7 +2,8 @@
 //! original.
 //!
 //! A file of lines with five columns between tabs: kernels, place, instruction, fault, reason. `*`
-//! in the first four stands for anything. A line that begins with `#` is a comment.
+//! in the first four stands for anything. Of several mutants of the same name, a fault that ends in
+//! `#2` is that of the second. A line that begins with `#` is a comment.
 
 use std::path::Path;
 
@@ -17,16 +18,23 @@ pub(crate) struct Survivor {
 }
 
 impl Survivor {
+    /// Whether the line may be about mutants of a kernel.
+    pub(crate) fn is_of(&self, kernel: &str) -> bool {
+        matches(&self.columns[0], kernel)
+    }
+
     /// Whether this is what the line is about.
     pub(crate) fn is(&self, mutant: &Mutant) -> bool {
-        let found = [
-            &mutant.kernel,
-            &mutant.place,
-            &mutant.instruction,
-            &mutant.fault,
-        ];
-        let mut pairs = self.columns.iter().zip(found);
-        pairs.all(|(pattern, text)| matches(pattern, text))
+        let [kernel, place, instruction, fault] = &self.columns;
+        matches(kernel, &mutant.kernel)
+            && matches(place, &mutant.place)
+            && matches(instruction, &mutant.instruction)
+            && match fault.rsplit_once(" #") {
+                Some((fault, copy)) => {
+                    copy == mutant.copy.to_string() && matches(fault, &mutant.fault)
+                }
+                None => matches(fault, &mutant.fault),
+            }
     }
 
     /// The line without its reason.
