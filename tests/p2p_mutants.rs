@@ -247,7 +247,6 @@ families! {
     #[ignore = "not judged whole yet"]
     mutants_of_its_halves_are_found: "collective/ring", false;
     mutants_of_reduce_scatter_are_found: "collective/reduce_scatter", true;
-    #[ignore = "not judged whole yet"]
     mutants_of_all_gather_are_found: "collective/all_gather", true;
     #[ignore = "not judged whole yet"]
     mutants_of_broadcast_are_found: "collective/broadcast", true;
