@@ -97,27 +97,6 @@ fn judge(gpu: &Gpu, problems: &[Problem], right: &[Outcome]) -> Verdict {
     Verdict::Survived
 }
 
-/// The listing without the other kernels, which nobody needs to read again for each mutant.
-fn alone(text: &str, kernel: &str) -> String {
-    let (mut kept, mut depth, mut skipped) = (String::new(), 0, false);
-    for line in text.split_inclusive('\n') {
-        let bare = line.split("//").next().unwrap_or_default();
-        if let Some((_, rest)) = bare.split_once(".entry ") {
-            skipped = rest.split('(').next().map(str::trim) != Some(kernel);
-        }
-        if !skipped {
-            kept.push_str(line);
-        }
-        depth += bare.matches('{').count();
-        let closed = bare.matches('}').count();
-        depth -= closed;
-        if closed > 0 && depth == 0 {
-            skipped = false;
-        }
-    }
-    kept
-}
-
 /// Runs the mutants of a family's kernels.
 fn run(family: Family, image: &'static [u8]) {
     let Some(mut gpu) = Gpu::take() else { return };
@@ -126,7 +105,7 @@ fn run(family: Family, image: &'static [u8]) {
     let mut list = survivors::read(LIST);
     list.retain(|line| family.kernels.iter().any(|kernel| line.is_of(kernel)));
     let sources = Sources::read(&["cuda", "cuda/ptx"]);
-    let text_of = |kernel: &&'static str| (*kernel, alone(&text, kernel));
+    let text_of = |kernel: &&'static str| (*kernel, listing::ptx::alone(&text, kernel));
     let texts: BTreeMap<&str, String> = family.kernels.iter().map(text_of).collect();
     let all = texts
         .values()

@@ -112,24 +112,8 @@ impl Case {
             ..RowLayout::contiguous(DType::F32, self.rows, self.cols)
         };
         let logits = Operand::new(gpu, layout, 4, Some(&self.logits));
-        let wanted: Vec<_> = self
-            .wanted
-            .iter()
-            .map(|(row, sample, record)| WantedRecord {
-                row: *row,
-                sample,
-                record: *record,
-            })
-            .collect();
-        let words = cuda::sampling_records(
-            &gpu.kernels,
-            &gpu.stream,
-            &gpu.pool,
-            logits.rows(),
-            self.first_id,
-            &wanted,
-        )
-        .expect("records");
+        let words = gpu.records(&logits, self.first_id, &self.wanted);
+        let words = words.expect("records");
         same_bits(&logits.values(gpu), &self.logits).expect("the logits stay");
         words
     }

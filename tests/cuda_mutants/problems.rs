@@ -5,7 +5,7 @@ use ringtp::backend::cuda::{
     self, AttentionScratch, CudaPlan, DeviceBuffer, DeviceSlice, DeviceSliceMut, GemmEpilogue,
     KvLayer, KvLayerMut, RowLayout, SPLIT_ROWS, abi,
 };
-use ringtp::backend::{HeadCounts, KvShape, RopeTables, WantedRecord};
+use ringtp::backend::{HeadCounts, KvShape, RopeTables};
 use ringtp::llama::sampling::Record;
 use ringtp::llama::{Batch, SampleRow};
 use ringtp::{DType, Result};
@@ -505,22 +505,7 @@ fn records_of(
 ) -> Result<()> {
     let layout = RowLayout::contiguous(DType::F32, logits.len() / cols, cols);
     let logits = Operand::new(gpu, layout, 16, Some(logits));
-    let wanted: Vec<_> = wanted
-        .iter()
-        .map(|(row, sample, record)| WantedRecord {
-            row: *row,
-            sample,
-            record: *record,
-        })
-        .collect();
-    let words = cuda::sampling_records(
-        &gpu.kernels,
-        &gpu.stream,
-        &gpu.pool,
-        logits.rows(),
-        first_id,
-        &wanted,
-    )?;
+    let words = gpu.records(&logits, first_id, wanted)?;
     bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
     download(gpu, &logits.buffer, bytes)
 }

@@ -1,11 +1,14 @@
 //! A device for tests of kernels, and operands in its memory with guard bytes around them.
 #![allow(dead_code, reason = "each test file uses its part")]
 
-use ringtp::DType;
+use ringtp::backend::WantedRecord;
 use ringtp::backend::cuda::{
-    Context, DeviceBuffer, DevicePool, Kernels, RowLayout, Rows, RowsMut, Stream,
+    Context, DeviceBuffer, DevicePool, Kernels, RowLayout, Rows, RowsMut, Stream, sampling_records,
 };
 use ringtp::dtype::Element;
+use ringtp::llama::SampleRow;
+use ringtp::llama::sampling::Record;
+use ringtp::{DType, Result};
 use test_driver::Taken;
 
 /// A device with all that launches need. Dropping it checks that the virtual GPU found nothing.
@@ -41,6 +44,23 @@ impl Gpu {
             .download(buffer.as_ref(), &mut bytes)
             .expect("a download");
         bytes
+    }
+
+    /// The records of rows of logits: of each its row, and how it is sampled.
+    pub(crate) fn records(
+        &self,
+        logits: &Operand,
+        first_id: usize,
+        wanted: &[(usize, SampleRow, Record)],
+    ) -> Result<Vec<u32>> {
+        let wanted = wanted.iter().map(|(row, sample, record)| WantedRecord {
+            row: *row,
+            sample,
+            record: *record,
+        });
+        let wanted: Vec<_> = wanted.collect();
+        let (kernels, stream, pool) = (&self.kernels, &self.stream, &self.pool);
+        sampling_records(kernels, stream, pool, logits.rows(), first_id, &wanted)
     }
 }
 
