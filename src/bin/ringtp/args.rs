@@ -156,6 +156,15 @@ pub(crate) struct ModelArgs {
     pub(crate) deadline: Option<Duration>,
 }
 
+/// The device of each of a model's ranks: those that are listed, or the first `tp`; `None` on threads.
+pub(crate) fn devices(device: Device, listed: &[usize], tp: usize) -> Option<Vec<usize>> {
+    match device {
+        _ if !listed.is_empty() => Some(listed.to_vec()),
+        Device::Cuda => Some((0..tp).collect()),
+        Device::Cpu => None,
+    }
+}
+
 impl ModelArgs {
     /// The number of ranks.
     pub(crate) fn ranks(&self) -> usize {
@@ -166,11 +175,7 @@ impl ModelArgs {
     }
 
     pub(crate) fn builder(&self) -> LlmBuilder {
-        let devices = match self.device {
-            _ if !self.devices.is_empty() => Some(self.devices.clone()),
-            Device::Cuda => Some((0..self.tp).collect()),
-            Device::Cpu => None,
-        };
+        let devices = devices(self.device, &self.devices, self.tp);
         let builder = Llm::builder(&self.model)
             .tp(self.ranks())
             .devices(devices)

@@ -4,12 +4,12 @@ use std::io::{Write, stderr, stdout};
 use std::time::{Duration, Instant};
 
 use ringtp::generate::Llm;
-use ringtp::llama::{Batch, Group, SampleRow};
+use ringtp::llama::{Batch, Group, GroupOptions, SampleRow};
 use serde_json::{Value, json};
 
 use super::median;
 use crate::Failure;
-use crate::args::{BenchArgs, Device};
+use crate::args::{BenchArgs, devices};
 use crate::memory;
 use crate::progress::LoadBar;
 use crate::table::{Side, table};
@@ -21,8 +21,6 @@ const STEPS: usize = 32;
 const COUNTED_PROMPT: usize = 8;
 /// Prefills that are timed after the first.
 const PREFILLS: usize = 5;
-/// Positions in a block of the cache: the group's default.
-const BLOCK_SIZE: usize = 16;
 
 /// One sequence on the ranks of a model.
 struct Sequence<'a> {
@@ -50,23 +48,21 @@ impl Sequence<'_> {
 }
 
 pub(super) fn run(args: &BenchArgs, dir: &std::path::Path) -> Result<(), Failure> {
-    let devices = match (args.device, args.devices.is_empty()) {
-        (_, false) => Some(args.devices.clone()),
-        (Device::Cuda, true) => Some((0..args.tp.unwrap_or(1)).collect()),
-        (Device::Cpu, true) => None,
-    };
-    let ranks = devices.as_ref().map_or(args.tp.unwrap_or(1), Vec::len);
+    let tp = args.tp.unwrap_or(1);
+    let devices = devices(args.device, &args.devices, tp);
+    let ranks = devices.as_ref().map_or(tp, Vec::len);
     let mut counting = Counting::begin(devices.is_some())?;
     let (prompt, steps) = match counting {
         Some(_) => (args.prompt.unwrap_or(COUNTED_PROMPT), 1),
         None => (args.prompt.unwrap_or(PROMPT), args.steps.unwrap_or(STEPS)),
     };
+    let blocks = (prompt + steps).div_ceil(GroupOptions::default().block_size);
     let builder = Llm::builder(dir)
         .tp(ranks)
         .devices(devices.clone())
         .dtype(args.dtype)
         .all_reduce(args.all_reduce.clone())
-        .num_blocks((prompt + steps).div_ceil(BLOCK_SIZE).max(1));
+        .num_blocks(blocks.max(1));
     let (bar, builder) = LoadBar::new(builder);
     let model = builder.open()?;
     let longest = model.max_model_len();
@@ -84,7 +80,7 @@ pub(super) fn run(args: &BenchArgs, dir: &std::path::Path) -> Result<(), Failure
     let dtype = llm.group().dtype();
     let mut sequence = Sequence {
         prompt: (1..=prompt).map(|i| (i * 7919 % vocab) as u32).collect(),
-        blocks: (0..(prompt + steps).div_ceil(BLOCK_SIZE) as u32).collect(),
+        blocks: (0..blocks as u32).collect(),
         group: llm.group(),
     };
     // What grows with the first step has grown then.
