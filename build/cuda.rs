@@ -6,11 +6,11 @@
 //! | `NVCC` | the compiler to use; else one from `CUDA_HOME`, `CUDA_PATH`, `target/cuda`, `PATH`, `/usr/local/cuda`, `/opt/cuda` |
 //! | `LIBCLANG_PATH` | the directory of libclang; else that of `target/cuda`, else what the system has |
 //! | `CUDA_COMPUTE_CAP` | the architectures to compile for, such as `80,90`, instead of all |
-//! | `RINGTP_PTX_PER_ARCH` | `1` or `0`: PTX for every architecture, or for the lowest only; by default 1 in profiles that inherit from dev |
+//! | `RINGTP_PTX_PER_ARCH` | `1` or `0`: all PTX that machine code was made from, or that for the lowest architecture only; by default 1 in profiles that inherit from dev |
 //!
 //! Why `RINGTP_PTX_PER_ARCH`: a build script cannot know whether it builds for tests. The virtual
-//! GPU runs PTX only, and code may differ by architecture, so the builds that tests use embed
-//! the PTX that each architecture's machine code was made from. It costs bytes, no time.
+//! GPU runs PTX only, and that of collectives may differ by architecture, so the builds that tests
+//! use embed the PTX that each architecture's machine code was made from. It costs bytes, no time.
 
 mod bindings;
 mod kernels;

@@ -1,5 +1,6 @@
 //! Compiles every `.cu` under `cuda/`, and those of the examples, to a fatbin, several at a time.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Write as _;
 use std::fs;
@@ -19,6 +20,10 @@ pub(crate) struct Unit {
     name: String,
     /// Whether it belongs to the crate, or to an example, which includes its fatbin itself.
     embedded: bool,
+    /// Whether each architecture gets PTX of its own: where kernels wait, they read `%globaltimer`,
+    /// which the PTX ISA leaves unspecified in code that is compiled for another target. The others
+    /// go through the front end once, in half the time.
+    per_arch: bool,
     source: PathBuf,
     fatbin: PathBuf,
     /// What the source includes, as make wants it.
@@ -60,6 +65,7 @@ fn units(root: &Path, out: &Path) -> Result<Vec<Unit>, String> {
             .replace('\\', "/");
         let stem = out.join(name.replace('/', "-"));
         Unit {
+            per_arch: !embedded || name.starts_with("collective/"),
             name,
             embedded,
             fatbin: stem.with_extension("fatbin"),
@@ -71,8 +77,8 @@ fn units(root: &Path, out: &Path) -> Result<Vec<Unit>, String> {
     Ok(list.into_iter().map(unit).collect())
 }
 
-/// The compiler with the flags of every unit.
-fn compiler(root: &Path, toolkit: &Toolkit, targets: &Targets) -> Result<cc::Tool, String> {
+/// The compiler with the flags of every unit, but for the architectures.
+fn compiler(root: &Path, toolkit: &Toolkit) -> Result<cc::Tool, String> {
     // cc takes a compiler that it is given for a C compiler, and nvcc from this variable.
     // SAFETY: the build script has one thread here.
     unsafe { std::env::set_var("NVCC", &toolkit.nvcc) };
@@ -90,16 +96,14 @@ fn compiler(root: &Path, toolkit: &Toolkit, targets: &Targets) -> Result<cc::Too
         // real GPU and the virtual one would differ. Fused operations are written as such.
         .flag("-fmad=false")
         .flag("-lineinfo");
-    for argument in targets.arguments() {
-        build.flag(argument);
-    }
     build.try_get_compiler().map_err(|e| format!("nvcc: {e}"))
 }
 
 /// Gives the build scripts of dependents what they need to compile kernels of their own in the same
 /// way: DEP_RINGTP_CUDA_NVCC, and DEP_RINGTP_CUDA_NVCC_FLAGS with blanks between them.
-fn tell_dependents(tool: &cc::Tool, toolkit: &Toolkit) {
+fn tell_dependents(tool: &cc::Tool, toolkit: &Toolkit, targets: &Targets) {
     let flags = tool.args().iter().map(|flag| flag.to_string_lossy());
+    let flags = flags.chain(targets.arguments().into_iter().map(Cow::from));
     // They name directories, whose names may have blanks: DEP_RINGTP_CUDA_INCLUDE has this one.
     let mut include = false;
     let flags = flags.filter(|flag| {
@@ -112,10 +116,15 @@ fn tell_dependents(tool: &cc::Tool, toolkit: &Toolkit) {
     println!("cargo::metadata=nvcc_flags={}", flags.join(" "));
 }
 
-fn command(tool: &cc::Tool, unit: &Unit) -> Command {
+fn command(tool: &cc::Tool, targets: &Targets, unit: &Unit) -> Command {
     // Not `Build::compile`, which would make a library and link the CUDA runtime.
     let mut command = tool.to_command();
     command
+        .args(if unit.per_arch {
+            targets.arguments()
+        } else {
+            targets.arguments_in_common()
+        })
         .args(["-fatbin", "-MD", "-MF"])
         .arg(&unit.dependencies);
     command.arg("-o").arg(&unit.fatbin).arg(&unit.source);
@@ -140,8 +149,8 @@ fn is_fresh(unit: &Unit, command: &str) -> bool {
             .all(|file| modified(file).is_some_and(|time| time < made))
 }
 
-fn compile(tool: &cc::Tool, unit: &Unit) -> Result<(), String> {
-    let mut command = command(tool, unit);
+fn compile(tool: &cc::Tool, targets: &Targets, unit: &Unit) -> Result<(), String> {
+    let mut command = command(tool, targets, unit);
     // Without the environment, which is never the same.
     let arguments = command.get_args().map(|a| a.to_string_lossy());
     let words: Vec<_> = std::iter::once(command.get_program().to_string_lossy())
@@ -180,13 +189,13 @@ pub(crate) fn compile_all(
     out: &Path,
 ) -> Result<Vec<Unit>, Vec<String>> {
     let units = units(root, out).map_err(|e| vec![e])?;
-    let tool = compiler(root, toolkit, targets).map_err(|e| vec![e])?;
-    tell_dependents(&tool, toolkit);
+    let tool = compiler(root, toolkit).map_err(|e| vec![e])?;
+    tell_dependents(&tool, toolkit, targets);
     let queue: Mutex<VecDeque<&Unit>> = Mutex::new(units.iter().collect());
     let faults = Mutex::new(Vec::new());
     let take = || queue.lock().ok()?.pop_front();
     let run = |unit: &Unit| {
-        if let (Err(fault), Ok(mut faults)) = (compile(&tool, unit), faults.lock()) {
+        if let (Err(fault), Ok(mut faults)) = (compile(&tool, targets, unit), faults.lock()) {
             faults.push(fault);
         }
     };

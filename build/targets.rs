@@ -98,7 +98,7 @@ impl Targets {
         Ok(Self { machine_code, ptx })
     }
 
-    /// The arguments of nvcc.
+    /// The arguments of nvcc for code that each architecture gets of its own.
     pub(crate) fn arguments(&self) -> Vec<String> {
         let mut arguments = Vec::new();
         for arch in &self.machine_code {
@@ -110,6 +110,19 @@ impl Targets {
             arguments.push(format!("-gencode=arch=compute_{arch},code={code}"));
         }
         arguments
+    }
+
+    /// The arguments of nvcc for code that is the same on all architectures: PTX for the lowest,
+    /// from which the machine code of all is made.
+    pub(crate) fn arguments_in_common(&self) -> Vec<String> {
+        // PTX for `90a` would be for that one alone.
+        let numbers = self.machine_code.iter().map(|arch| number(arch));
+        let lowest = numbers.min().unwrap_or(OLDEST);
+        let mut code = format!("compute_{lowest}");
+        for arch in &self.machine_code {
+            code += &format!(",sm_{arch}");
+        }
+        vec![format!("-gencode=arch=compute_{lowest},code=[{code}]")]
     }
 }
 

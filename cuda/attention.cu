@@ -449,5 +449,5 @@ template <typename T> __device__ __forceinline__ void attention(const AttentionP
     }
 
 RINGTP_ATTENTION(f32, float)
-RINGTP_ATTENTION(f16, __half)
-RINGTP_ATTENTION(bf16, __nv_bfloat16)
+RINGTP_ATTENTION(f16, f16)
+RINGTP_ATTENTION(bf16, bf16)

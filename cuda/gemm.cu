@@ -235,5 +235,5 @@ template <typename T> __device__ __forceinline__ void gemm_many(const GemmParams
     }
 
 RINGTP_GEMM(f32, float)
-RINGTP_GEMM(f16, __half)
-RINGTP_GEMM(bf16, __nv_bfloat16)
+RINGTP_GEMM(f16, f16)
+RINGTP_GEMM(bf16, bf16)

@@ -105,5 +105,5 @@ template <typename T, bool kAdd> __device__ __forceinline__ void norm(const Norm
     }
 
 RINGTP_NORM(f32, float)
-RINGTP_NORM(f16, __half)
-RINGTP_NORM(bf16, __nv_bfloat16)
+RINGTP_NORM(f16, f16)
+RINGTP_NORM(bf16, bf16)

@@ -2,53 +2,10 @@
 // Arithmetic is in f32 always; elements are rounded once, to the nearest, ties to even.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <stdint.h>
 
+#include "element.cuh"
 #include "ptx/memory.cuh"
-
-// The bits of an element, low in a word, and what they stand for.
-template <typename T> struct Bits;
-
-template <> struct Bits<float> {
-    static __device__ __forceinline__ uint32_t of(float value) { return __float_as_uint(value); }
-    static __device__ __forceinline__ float element(uint32_t bits) {
-        return __uint_as_float(bits);
-    }
-    static __device__ __forceinline__ float to_f32(uint32_t bits) { return __uint_as_float(bits); }
-    static __device__ __forceinline__ uint32_t from_f32(float value) {
-        return __float_as_uint(value);
-    }
-};
-
-template <> struct Bits<__half> {
-    static __device__ __forceinline__ uint32_t of(__half value) { return __half_as_ushort(value); }
-    static __device__ __forceinline__ __half element(uint32_t bits) {
-        return __ushort_as_half(static_cast<unsigned short>(bits));
-    }
-    static __device__ __forceinline__ float to_f32(uint32_t bits) {
-        return __half2float(element(bits));
-    }
-    static __device__ __forceinline__ uint32_t from_f32(float value) {
-        return __half_as_ushort(__float2half_rn(value));
-    }
-};
-
-template <> struct Bits<__nv_bfloat16> {
-    static __device__ __forceinline__ uint32_t of(__nv_bfloat16 value) {
-        return __bfloat16_as_ushort(value);
-    }
-    static __device__ __forceinline__ __nv_bfloat16 element(uint32_t bits) {
-        return __ushort_as_bfloat16(static_cast<unsigned short>(bits));
-    }
-    static __device__ __forceinline__ float to_f32(uint32_t bits) {
-        return __uint_as_float(bits << 16);
-    }
-    static __device__ __forceinline__ uint32_t from_f32(float value) {
-        return __bfloat16_as_ushort(__float2bfloat16_rn(value));
-    }
-};
 
 // Sixteen bytes as they lie in memory. Four registers whatever the type: halves stay in pairs,
 // since one in a register of its own would double them.
@@ -60,19 +17,19 @@ template <typename T> struct Pack {
 
     __device__ __forceinline__ float operator[](uint32_t i) const {
         const uint32_t word = words[i / kPerWord] >> (i % kPerWord * kBits);
-        return Bits<T>::to_f32(kBits == 16 ? word & 0xffffu : word);
+        return Element<T>::to_f32(static_cast<Bits<T>>(word));
     }
 
     // Only on a pack of zeros: puts in the bits of element i.
-    __device__ __forceinline__ void put(uint32_t i, uint32_t bits) {
-        words[i / kPerWord] |= bits << (i % kPerWord * kBits);
+    __device__ __forceinline__ void put(uint32_t i, Bits<T> bits) {
+        words[i / kPerWord] |= static_cast<uint32_t>(bits) << (i % kPerWord * kBits);
     }
 
     // The pack of f(0), f(1), …, each rounded to T.
     template <typename F> static __device__ __forceinline__ Pack of(F f) {
         Pack pack = {};
 #pragma unroll
-        for (uint32_t i = 0; i < kSize; i++) pack.put(i, Bits<T>::from_f32(f(i)));
+        for (uint32_t i = 0; i < kSize; i++) pack.put(i, Element<T>::from_f32(f(i)));
         return pack;
     }
 
@@ -95,7 +52,7 @@ template <typename T> struct Pack {
         } else {
 #pragma unroll
             for (uint32_t i = 0; i < kSize; i++) {
-                if (first + i < cols) pack.put(i, Bits<T>::of(row[first + i]));
+                if (first + i < cols) pack.put(i, Element<T>::bits(row[first + i]));
             }
         }
         return pack;
@@ -109,7 +66,7 @@ template <typename T> struct Pack {
 #pragma unroll
             for (uint32_t i = 0; i < kSize; i++) {
                 const uint32_t word = words[i / kPerWord] >> (i % kPerWord * kBits);
-                if (first + i < cols) row[first + i] = Bits<T>::element(word);
+                if (first + i < cols) row[first + i] = Element<T>::of(static_cast<Bits<T>>(word));
             }
         }
     }
@@ -156,15 +113,16 @@ template <typename T> struct Quad {
                 quad.values[3] = __uint_as_float(words.w);
             } else {
                 const uint2 words = ptx::ld_global_v2(row + first);
-                quad.values[0] = Bits<T>::to_f32(words.x & 0xffffu);
-                quad.values[1] = Bits<T>::to_f32(words.x >> 16);
-                quad.values[2] = Bits<T>::to_f32(words.y & 0xffffu);
-                quad.values[3] = Bits<T>::to_f32(words.y >> 16);
+                quad.values[0] = Element<T>::to_f32(static_cast<uint16_t>(words.x));
+                quad.values[1] = Element<T>::to_f32(static_cast<uint16_t>(words.x >> 16));
+                quad.values[2] = Element<T>::to_f32(static_cast<uint16_t>(words.y));
+                quad.values[3] = Element<T>::to_f32(static_cast<uint16_t>(words.y >> 16));
             }
         } else {
 #pragma unroll
             for (uint32_t i = 0; i < kSize; i++) {
-                if (first + i < cols) quad.values[i] = Bits<T>::to_f32(Bits<T>::of(row[first + i]));
+                if (first + i >= cols) continue;
+                quad.values[i] = Element<T>::to_f32(Element<T>::bits(row[first + i]));
             }
         }
         return quad;
@@ -172,9 +130,10 @@ template <typename T> struct Quad {
 
     __device__ __forceinline__ void store(T *row, uint32_t first, uint32_t cols,
                                           bool aligned) const {
+        // Words even of halves, which the wide store puts together in pairs.
         uint32_t bits[kSize];
 #pragma unroll
-        for (uint32_t i = 0; i < kSize; i++) bits[i] = Bits<T>::from_f32(values[i]);
+        for (uint32_t i = 0; i < kSize; i++) bits[i] = Element<T>::from_f32(values[i]);
         if (aligned && first + kSize <= cols) {
             if constexpr (sizeof(T) == 4) {
                 ptx::st_global_v4(row + first, make_uint4(bits[0], bits[1], bits[2], bits[3]));
@@ -185,7 +144,7 @@ template <typename T> struct Quad {
         } else {
 #pragma unroll
             for (uint32_t i = 0; i < kSize; i++) {
-                if (first + i < cols) row[first + i] = Bits<T>::element(bits[i]);
+                if (first + i < cols) row[first + i] = Element<T>::of(static_cast<Bits<T>>(bits[i]));
             }
         }
     }

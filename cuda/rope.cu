@@ -58,7 +58,7 @@ template <typename T> __device__ __forceinline__ void rope_append(const RopePara
 
     for (uint32_t i = threadIdx.x; i < params.kv_heads * (padded - head_dim); i += blockDim.x) {
         const uint32_t head = i / (padded - head_dim), at = head_dim + i % (padded - head_dim);
-        static_cast<T *>(params.keys)[entry(head) + at] = Bits<T>::element(0);
+        static_cast<T *>(params.keys)[entry(head) + at] = Element<T>::of(0);
     }
 
     const uint32_t packs = padded / Pack<T>::kSize;
@@ -81,5 +81,5 @@ template <typename T> __device__ __forceinline__ void rope_append(const RopePara
     }
 
 RINGTP_ROPE(f32, float)
-RINGTP_ROPE(f16, __half)
-RINGTP_ROPE(bf16, __nv_bfloat16)
+RINGTP_ROPE(f16, f16)
+RINGTP_ROPE(bf16, bf16)

@@ -48,7 +48,7 @@ template <typename T> __device__ __forceinline__ void add_bias(const RowsParams 
 // Moves look at no value: bf16 moves as any sixteen bits.
 extern "C" __global__ void __launch_bounds__(kRowsThreads)
     gather_rows_b16(const __grid_constant__ RowsParams params) {
-    gather_rows<__half>(params);
+    gather_rows<f16>(params);
 }
 extern "C" __global__ void __launch_bounds__(kRowsThreads)
     gather_rows_b32(const __grid_constant__ RowsParams params) {
@@ -62,5 +62,5 @@ extern "C" __global__ void __launch_bounds__(kRowsThreads)
     }
 
 RINGTP_ADD_BIAS(f32, float)
-RINGTP_ADD_BIAS(f16, __half)
-RINGTP_ADD_BIAS(bf16, __nv_bfloat16)
+RINGTP_ADD_BIAS(f16, f16)
+RINGTP_ADD_BIAS(bf16, bf16)

@@ -153,12 +153,10 @@ __device__ __forceinline__ uint64_t radix_select(Exchange &exchange, const Row &
             inside = exchange.bins[bin];
         }
         __syncthreads();
+        // Two more barriers stand before what the next round writes of these.
         prefix |= uint64_t{chosen} << shift;
         wanted -= below;
-        const bool whole_bin = inside == wanted;
-        // Orders these reads before the next round's writes.
-        __syncthreads();
-        if (whole_bin) return prefix | ((uint64_t{1} << shift) - 1);
+        if (inside == wanted) return prefix | ((uint64_t{1} << shift) - 1);
     }
     return prefix;
 }

@@ -84,6 +84,12 @@ fn arguments_name_machine_code_and_ptx() {
         "-gencode=arch=compute_90,code=sm_90",
     ];
     assert_eq!(targets.arguments(), expected);
+    let common = ["-gencode=arch=compute_80,code=[compute_80,sm_80,sm_90]"];
+    assert_eq!(targets.arguments_in_common(), common);
+    // Machine code may be for one architecture alone; PTX that all is made from may not.
+    let targets = Targets::choose(Some("90a,100f"), &known("90 100"), true).unwrap();
+    let common = ["-gencode=arch=compute_90,code=[compute_90,sm_90a,sm_100f]"];
+    assert_eq!(targets.arguments_in_common(), common);
 }
 
 #[test]

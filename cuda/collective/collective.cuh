@@ -282,8 +282,8 @@ struct Collective {
 // The kernels NAME_f32, NAME_bf16 and NAME_f16 of a template `collective::NAME`.
 #define RINGTP_COLLECTIVE(NAME)                                                                    \
     RINGTP_COLLECTIVE_OF(NAME, f32, float)                                                         \
-    RINGTP_COLLECTIVE_OF(NAME, bf16, __nv_bfloat16)                                                \
-    RINGTP_COLLECTIVE_OF(NAME, f16, __half)
+    RINGTP_COLLECTIVE_OF(NAME, bf16, bf16)                                                \
+    RINGTP_COLLECTIVE_OF(NAME, f16, f16)
 
 // One kernel: NAME_SUFFIX, of `collective::NAME<TYPE>`.
 #define RINGTP_COLLECTIVE_OF(NAME, SUFFIX, TYPE)                                                   \

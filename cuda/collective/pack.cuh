@@ -1,33 +1,13 @@
 // Packs: 16 bytes of elements, the unit in which collectives read, sum and write.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "../element.cuh"
 #include "../ptx/memory.cuh"
 #include "abi.h"
 
 namespace collective {
 
-// Bits of an element, and elements of a pack.
-template <typename T> struct ElementOf;
-template <> struct ElementOf<float> {
-    using Bits = uint32_t;
-};
-template <> struct ElementOf<__nv_bfloat16> {
-    using Bits = uint16_t;
-};
-template <> struct ElementOf<__half> {
-    using Bits = uint16_t;
-};
-template <> struct ElementOf<uint32_t> {
-    using Bits = uint32_t;
-};
-template <> struct ElementOf<uint16_t> {
-    using Bits = uint16_t;
-};
-
-template <typename T> using Bits = typename ElementOf<T>::Bits;
+// Elements of a pack.
 template <typename T> constexpr uint32_t kPerPack = 16 / sizeof(T);
 
 // Packs that hold `elements` elements, the last perhaps in part.
@@ -105,27 +85,6 @@ __device__ __forceinline__ void store_pack(uint64_t base, uint64_t index, uint64
         if (first + i < elements) ptx::st_global(target + i, bits_of<T>(pack, i));
 }
 
-__device__ __forceinline__ float widen(uint32_t bits, float) {
-    return __uint_as_float(bits);
-}
-__device__ __forceinline__ float widen(uint16_t bits, __nv_bfloat16) {
-    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-}
-__device__ __forceinline__ float widen(uint16_t bits, __half) {
-    return __half2float(__ushort_as_half(bits));
-}
-
-// To nearest, ties to even.
-__device__ __forceinline__ uint32_t narrow(float value, float) {
-    return __float_as_uint(value);
-}
-__device__ __forceinline__ uint16_t narrow(float value, __nv_bfloat16) {
-    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
-}
-__device__ __forceinline__ uint16_t narrow(float value, __half) {
-    return __half_as_ushort(__float2half_rn(value));
-}
-
 // The sum of packs in the order in which they are added, in f32, rounded once. A negative zero
 // becomes a positive one, also one that rounding makes of a tiny negative sum, so that ranks agree
 // bit for bit whatever the algorithm.
@@ -134,19 +93,21 @@ template <typename T> struct Sum {
 
     __device__ __forceinline__ explicit Sum(const uint4 &first) {
 #pragma unroll
-        for (uint32_t i = 0; i < kPerPack<T>; ++i) values[i] = widen(bits_of<T>(first, i), T{});
+        for (uint32_t i = 0; i < kPerPack<T>; ++i)
+            values[i] = Element<T>::to_f32(bits_of<T>(first, i));
     }
 
     __device__ __forceinline__ void add(const uint4 &pack) {
 #pragma unroll
-        for (uint32_t i = 0; i < kPerPack<T>; ++i) values[i] += widen(bits_of<T>(pack, i), T{});
+        for (uint32_t i = 0; i < kPerPack<T>; ++i)
+            values[i] += Element<T>::to_f32(bits_of<T>(pack, i));
     }
 
     __device__ __forceinline__ uint4 round() const {
         uint4 pack = make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (uint32_t i = 0; i < kPerPack<T>; ++i) {
-            Bits<T> bits = narrow(values[i], T{});
+            Bits<T> bits = Element<T>::from_f32(values[i]);
             constexpr Bits<T> kNegativeZero = static_cast<Bits<T>>(1u << (8 * sizeof(T) - 1));
             if (bits == kNegativeZero) bits = 0;
             put_bits<T>(pack, i, bits);

@@ -197,5 +197,5 @@ template <typename T> __device__ __forceinline__ void ring_all_gather(const Coll
 
 RINGTP_COLLECTIVE(ring_all_reduce)
 RINGTP_COLLECTIVE(ring_reduce_scatter)
-RINGTP_COLLECTIVE_OF(ring_all_gather, b16, __nv_bfloat16)
+RINGTP_COLLECTIVE_OF(ring_all_gather, b16, bf16)
 RINGTP_COLLECTIVE_OF(ring_all_gather, b32, float)

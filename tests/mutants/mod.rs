@@ -39,17 +39,24 @@ pub(crate) fn shipped(family: &str, image: &[u8]) -> String {
     std::fs::write(&fatbin, image).expect("a file");
     let tool = Path::new(env!("RINGTP_CUDA_BIN")).join("cuobjdump");
     let output = Command::new(tool)
-        .args(["-xptx", "sm_90"])
+        .args(["-xptx", "all"])
         .arg(&fatbin)
         .current_dir(&directory)
         .output()
         .expect("cuobjdump runs");
     assert!(output.status.success(), "{output:?}");
+    // `image.1.sm_80.ptx`: the newest that it would run.
+    let architecture = |path: &Path| {
+        let stem = path.file_name()?.to_str()?.strip_suffix(".ptx")?;
+        stem.rsplit_once("sm_")?.1.parse().ok()
+    };
     let files = std::fs::read_dir(&directory).expect("a directory");
-    let ptx = files
+    let (_, ptx) = files
         .map(|entry| entry.expect("an entry").path())
-        .find(|path| path.extension().is_some_and(|e| e == "ptx"))
-        .expect("PTX for sm_90");
+        .filter_map(|path| Some((architecture(&path)?, path)))
+        .filter(|&(number, _): &(u32, _)| number <= 90)
+        .max()
+        .expect("PTX for sm_90 or older");
     let text = std::fs::read_to_string(ptx).expect("PTX");
     let _ = std::fs::remove_dir_all(&directory);
     text
