@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use ::ringtp::backend::cuda::{Context, DevicePool};
 use cli_support::ringtp;
-use model_support::{Result, batch, fixture, load};
+use model_support::{Result, batch, bits, fixture, load, open, some_ids};
+use ringtp::comm::p2p::{DeviceAllReduce, OneShot, Ring, TwoShot};
 use ringtp::generate::{Completion, Llm, LlmBuilder, SamplingParams};
 use ringtp::llama::{GroupOptions, StepHook};
 use ringtp::{DType, Error};
@@ -125,6 +126,7 @@ fn the_command_line_names_devices() {
         &["--devices", "0,1"][..],
         &["--devices", "1,1"],
         &["--device", "cuda", "--tp", "2"],
+        &["--devices", "0,1", "--all-reduce", "two-shot"],
     ] {
         let cuda = run(more);
         assert_eq!(cuda.code, 0, "{more:?}: {}", cuda.stderr);
@@ -137,8 +139,8 @@ fn the_command_line_names_devices() {
         (&["--devices", "0,999"][..], "CUDA device"),
         (&["--devices", "0", "--tp", "2"], "cannot be used with"),
         (
-            &["--device", "cuda", "--tp", "2", "--all-reduce", "ring"],
-            "all_reduce",
+            &["--device", "cuda", "--tp", "2", "--all-reduce", "tree"],
+            "one of auto, one-shot, two-shot, ring",
         ),
     ] {
         let refused = run(more);
@@ -149,6 +151,46 @@ fn the_command_line_names_devices() {
             refused.stderr
         );
     }
+}
+
+/// Those that sum in rank order have the same bits, the ring has others; and it is the one that is
+/// named which runs, by the bytes that it sends.
+#[test]
+fn a_named_all_reduce_is_the_one_that_runs() -> Result {
+    let Some(_driver) = test_driver::take() else {
+        return Ok(());
+    };
+    let (name, tp, rows) = ("bf16", 3, 9);
+    let dims = open(name)?.config().dims;
+    let run = |all_reduce: Option<&str>| -> Result<(Vec<u32>, u64)> {
+        let options = GroupOptions {
+            tp,
+            devices: Some(vec![0, 1, 2]),
+            num_blocks: Some(4),
+            all_reduce: all_reduce.map(str::to_owned),
+            ..Default::default()
+        };
+        let mut group = load(name, options)?;
+        let ids = some_ids(dims.vocab_size, 1, rows);
+        let logits = bits(&group.forward(&batch(&ids, 0, rows, &[2]))?);
+        Ok((logits, group.stats().comm_bytes))
+    };
+    let (expected, one_shot_bytes) = run(Some("one-shot"))?;
+    let message = rows * dims.hidden_size * DType::Bf16.size();
+    let sums = tp * (1 + 2 * dims.num_hidden_layers);
+    let sent = |algorithm: &dyn DeviceAllReduce| (sums * algorithm.bytes_sent(tp, message)) as u64;
+    for (named, algorithm) in [
+        (None, &OneShot as &dyn DeviceAllReduce),
+        (Some("auto"), &OneShot),
+        (Some("two-shot"), &TwoShot),
+        (Some("ring"), &Ring),
+    ] {
+        let (logits, bytes) = run(named)?;
+        assert_eq!(logits == expected, named != Some("ring"), "{named:?}");
+        let rest = one_shot_bytes - sent(&OneShot);
+        assert_eq!(bytes, rest + sent(algorithm), "{named:?}");
+    }
+    Ok(())
 }
 
 #[test]
@@ -255,9 +297,9 @@ fn devices_that_cannot_be_are_errors_that_say_so() {
     refused("one for each of 2 ranks", on(vec![0, 1, 2]));
     refused("CUDA device", on(vec![0, 999]));
     refused(
-        "all_reduce",
+        "all_reduce: expected one of auto, one-shot, two-shot, ring, found \"tree\"",
         GroupOptions {
-            all_reduce: Some("ring".into()),
+            all_reduce: Some("tree".into()),
             ..on(vec![0, 1])
         },
     );

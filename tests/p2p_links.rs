@@ -11,7 +11,7 @@ use p2p_support::calls::{Buffers, Case, Kind, Wiring, every_kind, run_all};
 use p2p_support::random::Random;
 use p2p_support::{Team, impatient, options};
 use ringtp::DType;
-use ringtp::comm::p2p::{ALL, OneShot, P2pGroup, P2pOptions, TwoShot};
+use ringtp::comm::p2p::{ALL, OneShot, P2pGroup, P2pOptions, Ring, TwoShot};
 use ringtp::comm::{CommError, Link};
 use test_driver::in_a_child_with;
 
@@ -147,6 +147,41 @@ fn where_no_ring_goes_through_all_ranks_every_collective_says_which_pair_is_miss
                 "{error}"
             );
         }
+    });
+}
+
+#[test]
+fn a_named_all_reduce_that_the_links_do_not_carry_is_refused_with_those_that_they_do() {
+    let this = "a_named_all_reduce_that_the_links_do_not_carry_is_refused_with_those_that_they_do";
+    on_machine(this, "no:0-1", |_| {
+        let named = |algorithm, devices: &[usize]| {
+            let options = P2pOptions {
+                all_reduce: Some(algorithm),
+                ..options()
+            };
+            P2pGroup::new(devices, options)
+        };
+        let refused = |algorithm, devices: &[usize], parts: &[&str]| {
+            let error = named(algorithm, devices).expect_err("links are missing");
+            assert!(error.is_input(), "{error}");
+            for part in parts {
+                assert!(error.to_string().contains(part), "{part} in {error}");
+            }
+        };
+        let gap = "ranks 0 and 1 cannot reach each other (no access)";
+        let all = [0, 1, 2, 3];
+        let works = "all_reduce: expected one that works over these links: ring";
+        refused(&TwoShot, &all, &[works, "\"two-shot\"", gap]);
+        // No ring goes through these three.
+        refused(
+            &Ring,
+            &all[..3],
+            &["some algorithm", "a ring of links", gap],
+        );
+        // What it does not need is not missed.
+        let (_group, comms) = named(&Ring, &all).expect("a ring");
+        assert_eq!(comms[0].choose(4).expect("it is named").name(), "ring");
+        named(&OneShot, &all[1..]).expect("a mesh");
     });
 }
 

@@ -13,8 +13,8 @@ use super::{Batch, Limits, SampleRow};
 use crate::backend::MemoryUse;
 use crate::checkpoint::Checkpoint;
 #[cfg(feature = "cuda")]
-use crate::comm::p2p::{P2pGroup, P2pOptions};
-use crate::comm::{self, CommError, CommStats, TensorComm};
+use crate::comm::p2p::{self, P2pGroup, P2pOptions};
+use crate::comm::{self, AllReduce, CommError, CommStats, TensorComm};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layers::Partition;
@@ -391,23 +391,24 @@ impl Group {
                 "name as many; one may be named several times",
             ));
         }
-        for (setting, set) in [
-            ("all_reduce", self.options.all_reduce.is_some()),
-            ("sequence_parallel", self.options.sequence_parallel),
-        ] {
-            if set {
-                return Err(Error::input(
-                    setting,
-                    "its default, where ranks are on devices",
-                    "another",
-                    "leave it out, or run on the CPU",
-                ));
-            }
+        if self.options.sequence_parallel {
+            return Err(Error::input(
+                "sequence_parallel",
+                "its default, where ranks are on devices",
+                "another",
+                "leave it out, or run on the CPU",
+            ));
         }
         #[cfg(feature = "cuda")]
         {
+            // By size, where `auto` does so on the CPU.
+            let all_reduce = match self.all_reduce()? {
+                by_size if by_size.name() == comm::Auto.name() => None,
+                named => Some(p2p::by_name(named.name())?),
+            };
             let options = P2pOptions {
                 deadline: self.options.deadline,
+                all_reduce,
                 ..Default::default()
             };
             let (group, comms) = P2pGroup::new(devices, options)?;
@@ -447,9 +448,12 @@ impl Group {
         Ok(())
     }
 
-    fn communicators(&self) -> Result<Vec<TensorComm>> {
-        let name = self.options.all_reduce.as_deref().unwrap_or("auto");
-        let algorithm = comm::by_name(name).map_err(|_| {
+    /// The all-reduce that is named; its names are the same on devices.
+    fn all_reduce(&self) -> Result<&'static dyn AllReduce> {
+        let Some(name) = &self.options.all_reduce else {
+            return Ok(&comm::Auto);
+        };
+        comm::by_name(name).map_err(|_| {
             let names: Vec<_> = comm::ALL.iter().map(|known| known.name()).collect();
             Error::input(
                 "all_reduce",
@@ -457,7 +461,11 @@ impl Group {
                 format_args!("{name:?}"),
                 "name one of these, or leave it out",
             )
-        })?;
+        })
+    }
+
+    fn communicators(&self) -> Result<Vec<TensorComm>> {
+        let algorithm = self.all_reduce()?;
         let options = comm::GroupOptions {
             deadline: self.options.deadline,
             ..Default::default()

@@ -280,15 +280,24 @@ pub fn by_name(name: &str) -> Result<&'static dyn DeviceAllReduce, CommError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Refusal, choose};
+    use super::{ALL, Refusal, choose};
     use crate::comm::cost::Wire;
-    use crate::comm::{Link, Links};
+    use crate::comm::{self, AllReduce, Link, Links};
 
     fn chosen(links: &Links, bytes: usize) -> &'static str {
         choose(links, Wire::of(links, 90), bytes)
             .expect("some algorithm works")
             .algorithm
             .name()
+    }
+
+    /// So that a setting means the same wherever ranks are; devices choose by size where none is
+    /// named.
+    #[test]
+    fn names_are_those_of_the_cpu() {
+        let cpu = comm::ALL.iter().map(|algorithm| algorithm.name());
+        let devices = ALL.iter().map(|algorithm| algorithm.name());
+        assert!(cpu.eq([comm::Auto.name()].into_iter().chain(devices)));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError};
 
 use super::algorithm::{DeviceAllReduce, OneShot, Reach, choose};
-use super::group::{Shared, generation, has_reach, lost};
+use super::group::{Shared, generation, lacks, lost};
 use crate::backend::cuda::{DeviceSlice, DeviceSliceMut, Function, Kernels, Launch, Stream, abi};
 use crate::comm::cpu::CpuComm;
 use crate::comm::mailbox::Call;
@@ -103,8 +103,8 @@ impl P2pComm {
         self.stats
     }
 
-    /// The sum of `data`, elements of `dtype`, over all ranks, in place, by the algorithm that the
-    /// cost model chooses.
+    /// The sum of `data`, elements of `dtype`, over all ranks, in place, by the algorithm of
+    /// [`choose`](Self::choose).
     pub fn all_reduce(&mut self, dtype: DType, data: &mut DeviceSliceMut<'_>) -> Result<()> {
         let algorithm = self.choose(data.len())?;
         self.all_reduce_with(algorithm, dtype, data)
@@ -121,9 +121,13 @@ impl P2pComm {
         self.all_reduce_out_with(algorithm, dtype, input, out)
     }
 
-    /// The algorithm that the cost model chooses for a message of `bytes`.
+    /// The algorithm for a message of `bytes`, where a call names none:
+    /// [`P2pOptions::all_reduce`](super::P2pOptions::all_reduce), or what the cost model chooses.
     pub fn choose(&self, bytes: usize) -> Result<&'static dyn DeviceAllReduce, CommError> {
-        Ok(choose(&self.shared.links, self.shared.wire, bytes)?.algorithm)
+        match self.shared.options.all_reduce {
+            Some(named) => Ok(named),
+            None => Ok(choose(&self.shared.links, self.shared.wire, bytes)?.algorithm),
+        }
     }
 
     /// [`all_reduce`](Self::all_reduce) by `algorithm`, which all ranks must name alike.
@@ -576,24 +580,14 @@ impl P2pComm {
 
     fn needs(&self, operation: &'static str, algorithm: &str, reach: Reach) -> Result<()> {
         let shared = &self.shared;
-        if has_reach(&shared.links, shared.ring.as_deref(), reach) {
+        let Some(lacks) = lacks(&shared.links, shared.ring.as_deref(), reach) else {
             return Ok(());
-        }
-        let gap = shared.links.gaps().next();
-        let (a, b) = gap.unwrap_or((0, 0));
-        let link = match shared.links.get(a, b) {
-            good if good.is_good() => shared.links.get(b, a),
-            bad => bad,
         };
         Err(CommError::Argument {
             operation,
             problem: format!(
-                "{algorithm} needs {}, and ranks {a} and {b} cannot reach each other ({link}); \
-                 choose another algorithm or other devices (ringtp doctor shows the links)",
-                match reach {
-                    Reach::Mesh => "links between all ranks",
-                    Reach::Ring => "a ring of links through all ranks",
-                }
+                "{algorithm} {lacks}; choose another algorithm or other devices (ringtp doctor \
+                 shows the links)"
             ),
         }
         .into())

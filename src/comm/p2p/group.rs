@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::algorithm::{DeviceAllReduce, Reach};
+use super::algorithm::{ALL, DeviceAllReduce, Reach};
 use super::budget::Lease;
 use super::comm::P2pComm;
 use super::diagnosis::{Reason, State, diagnose};
@@ -55,6 +55,8 @@ pub struct P2pOptions {
     /// All-reduce algorithms from outside the crate, so that their kernels are loaded before
     /// anything runs.
     pub algorithms: Vec<&'static dyn DeviceAllReduce>,
+    /// The algorithm of all-reduces that name none; the cost model chooses if `None`.
+    pub all_reduce: Option<&'static dyn DeviceAllReduce>,
 }
 
 impl Default for P2pOptions {
@@ -71,6 +73,7 @@ impl Default for P2pOptions {
             kernels: Vec::new(),
             ahead: Vec::new(),
             algorithms: Vec::new(),
+            all_reduce: None,
         }
     }
 }
@@ -123,7 +126,7 @@ impl P2pGroup {
     /// # Errors
     /// [`Error::Input`] for no devices, too many, or one that is not there; [`Error::Driver`];
     /// [`Error::OutOfMemory`]. Links that do not work are no error here, unless they leave no way
-    /// to talk: see [`Self::links`].
+    /// to talk, or not the one that [`P2pOptions::all_reduce`] needs: see [`Self::links`].
     pub fn new(devices: &[usize], options: P2pOptions) -> Result<(Self, Vec<P2pComm>)> {
         let contexts = contexts(devices)?;
         let streams = contexts.iter().map(|c| Ok(Arc::new(Stream::new(c)?)));
@@ -159,6 +162,12 @@ impl P2pGroup {
                     )
                 })?;
         options.blocks = options.blocks.clamp(1, MAX_BLOCKS);
+        if let Some(named) = options.all_reduce
+            && named.image().is_some()
+            && options.algorithms.iter().all(|a| a.name() != named.name())
+        {
+            options.algorithms.push(named);
+        }
         let most = abi::kCollectiveThreads;
         options.threads = options.threads.clamp(64, most).next_multiple_of(32);
         let contexts: Vec<Context> = streams.iter().map(|s| s.context().clone()).collect();
@@ -196,6 +205,9 @@ impl P2pGroup {
             probe::run(&mut ranks, &arenas, &mut links, limit)?;
         }
         let ring = links.ring();
+        if let Some(named) = options.all_reduce {
+            works(&links, ring.as_deref(), named)?;
+        }
         let capability = contexts[0].limits().compute_capability;
         let (leases, blocks) = take_leases(&ranks, &extra, options.blocks)?;
         let shared = Shared {
@@ -508,10 +520,40 @@ fn take_leases(
     Ok((leases, blocks))
 }
 
-/// Whether a group over these links has what an algorithm needs.
-pub(super) fn has_reach(links: &Links, ring: Option<&[usize]>, reach: Reach) -> bool {
-    match reach {
-        Reach::Mesh => links.is_mesh(),
-        Reach::Ring => ring.is_some(),
-    }
+/// What a group over these links lacks of what an algorithm needs.
+pub(super) fn lacks(links: &Links, ring: Option<&[usize]>, reach: Reach) -> Option<String> {
+    let needs = match reach {
+        Reach::Mesh if links.is_mesh() => return None,
+        Reach::Ring if ring.is_some() => return None,
+        Reach::Mesh => "links between all ranks",
+        Reach::Ring => "a ring of links through all ranks",
+    };
+    let (a, b) = links.gaps().next().unwrap_or((0, 0));
+    let link = match links.get(a, b) {
+        good if good.is_good() => links.get(b, a),
+        bad => bad,
+    };
+    Some(format!(
+        "needs {needs}, and ranks {a} and {b} cannot reach each other ({link})"
+    ))
+}
+
+/// Whether an algorithm can be that of a group over these links.
+fn works(links: &Links, ring: Option<&[usize]>, algorithm: &dyn DeviceAllReduce) -> Result<()> {
+    let Some(lacks) = lacks(links, ring, algorithm.reach()) else {
+        return Ok(());
+    };
+    let others = ALL
+        .iter()
+        .filter(|a| self::lacks(links, ring, a.reach()).is_none());
+    let others: Vec<_> = others.map(|a| a.name()).collect();
+    Err(Error::input(
+        "all_reduce",
+        match others[..] {
+            [] => "links over which some algorithm works".to_owned(),
+            _ => format!("one that works over these links: {}", others.join(", ")),
+        },
+        format_args!("{:?}, which {lacks}", algorithm.name()),
+        "name one that works, leave it out, or choose other devices (ringtp doctor shows the links)",
+    ))
 }
