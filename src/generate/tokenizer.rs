@@ -28,7 +28,8 @@ impl Tokenizer {
             let fault = Fault::new("tokenizer.json", "a tokenizer", one_line(&*error), remedy);
             Error::model(dir.display(), fault)
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(text).map_err(refused)?;
+        // Not `from_bytes`, whose type parameter has this crate compile all of the parsing again.
+        let mut inner: tokenizers::Tokenizer = text.parse().map_err(refused)?;
         // Left from training, where texts are cut and filled up to one length. As in
         // transformers, a prompt is neither.
         inner.with_truncation(None).map_err(refused)?;

@@ -1,7 +1,7 @@
 //! Paged causal attention with grouped queries, prefill and decode rows mixed.
 //!
 //! The unit is a query vector: one head of one row. All query vectors of a KV head over a few
-//! rows form a task; within it, tiles of up to eight share each load of keys and values. In
+//! rows form a task; within it, tiles of up to [`Lanes::CHAINS`] share each load of keys and values. In
 //! three steps: scores of all positions; softmax over them (f32, the greatest subtracted);
 //! the weighted sum of the values, position after position. Each query vector does the same
 //! operations in the same order whatever tile it is in, so its bits depend on its sequence
@@ -17,10 +17,6 @@ use crate::dtype::DType;
 
 /// Rows of one task: enough to share loads, few enough to share out among threads.
 const TASK_ROWS: usize = 16;
-
-/// Query vectors, or keys, that a tile works on side by side: enough chains of dependent
-/// multiply-adds to cover their latency.
-const TILE: usize = 8;
 
 /// The operands of one attention; [`super::CpuBackend`] has checked their shapes.
 #[derive(Clone, Copy)]
@@ -63,7 +59,7 @@ pub(super) fn tasks(plan: &CpuPlan, heads: HeadCounts) -> Vec<Task> {
     list
 }
 
-dispatch!(fn run = run_kernel(attention: &Attention<'_>, task: Task));
+dispatch!(pub(super) fn run = run_kernel(attention: &Attention<'_>, task: Task));
 
 #[inline(always)]
 unsafe fn run_kernel<V: Lanes>(attention: &Attention<'_>, task: Task) {
@@ -94,7 +90,7 @@ where
     let group = attention.heads.q / attention.heads.kv;
     let count = task.rows * group;
     let last = attention.plan.batch.positions[task.first_row + task.rows - 1] as usize;
-    let mut scores = vec![0.0; TILE * (last + 1).next_multiple_of(LANES)];
+    let mut scores = vec![0.0; V::CHAINS * (last + 1).next_multiple_of(LANES)];
     let mut first = 0;
     while first < count {
         let query = |i: usize| {
@@ -105,27 +101,32 @@ where
                 len: attention.len_at(row),
             }
         };
-        // SAFETY: `typed` runs on the processor that V is for.
-        unsafe {
-            first += match count - first {
-                8.. => tile::<V, E, 8, 1>(
+        macro_rules! tile {
+            ($queries:literal, $vectors:literal) => {
+                tile::<V, E, $queries, $vectors>(
                     &cache,
                     std::array::from_fn(|i| query(first + i)),
                     &mut scores,
-                ),
-                4.. => tile::<V, E, 4, 2>(
-                    &cache,
-                    std::array::from_fn(|i| query(first + i)),
-                    &mut scores,
-                ),
-                2.. => tile::<V, E, 2, 4>(
-                    &cache,
-                    std::array::from_fn(|i| query(first + i)),
-                    &mut scores,
-                ),
-                _ => tile::<V, E, 1, 8>(&cache, [query(first)], &mut scores),
+                )
             };
         }
+        // SAFETY: `typed` runs on the processor that V is for.
+        first += unsafe {
+            if V::CHAINS == 8 {
+                match count - first {
+                    8.. => tile!(8, 1),
+                    4.. => tile!(4, 2),
+                    2.. => tile!(2, 4),
+                    _ => tile!(1, 8),
+                }
+            } else {
+                match count - first {
+                    4.. => tile!(4, 1),
+                    2.. => tile!(2, 2),
+                    _ => tile!(1, 4),
+                }
+            }
+        };
     }
 }
 
@@ -173,7 +174,7 @@ impl<E: Stored> Cache<'_, E> {
     }
 }
 
-/// `T` query vectors, `S = TILE / T` vectors of keys or of value columns at a time. Lengths
+/// `T` query vectors, `S = CHAINS / T` vectors of keys or of value columns at a time. Lengths
 /// do not fall from one query to the next. Returns T.
 #[inline(always)]
 unsafe fn tile<V: Lanes, E: Stored, const T: usize, const S: usize>(
@@ -199,14 +200,15 @@ unsafe fn tile<V: Lanes, E: Stored, const T: usize, const S: usize>(
             score::<V, E, T, S>(cache, q, position, stride, scores);
             position += S * LANES;
         }
-        while position < stride {
+        while S > 1 && position < stride {
             score::<V, E, T, 1>(cache, q, position, stride, scores);
             position += LANES;
         }
 
         let mut norm = [0.0; T];
         for (i, query) in queries.iter().enumerate() {
-            norm[i] = softmax::<V>(
+            norm[i] = softmax(
+                V::ISA,
                 &mut scores[i * stride..][..stride],
                 query.len,
                 attention.scale,
@@ -220,7 +222,7 @@ unsafe fn tile<V: Lanes, E: Stored, const T: usize, const S: usize>(
             output::<V, E, T, S>(cache, &queries, norm, shortest, column, stride, scores);
             column += S;
         }
-        while column < columns {
+        while S > 1 && column < columns {
             output::<V, E, T, 1>(cache, &queries, norm, shortest, column, stride, scores);
             column += 1;
         }
@@ -262,11 +264,15 @@ unsafe fn score<V: Lanes, E: Stored, const T: usize, const S: usize>(
     }
 }
 
-/// Turns `scores[..len]` into exp(scale * (score - greatest)), for a positive scale; returns
-/// their sum. What follows is unspecified: a tile's last queries may need more vectors than
-/// its first, whose sums must not notice.
+dispatch!(
+    /// Turns `scores[..len]` into exp(scale * (score - greatest)), for a positive scale; returns
+    /// their sum. What follows is unspecified: a tile's last queries may need more vectors than
+    /// its first, whose sums must not notice.
+    fn softmax = softmax_kernel(scores: &mut [f32], len: usize, scale: f32) -> f32
+);
+
 #[inline(always)]
-unsafe fn softmax<V: Lanes>(scores: &mut [f32], len: usize, scale: f32) -> f32 {
+unsafe fn softmax_kernel<V: Lanes>(scores: &mut [f32], len: usize, scale: f32) -> f32 {
     let scores = &mut scores[..len.next_multiple_of(LANES)];
     scores[len..].fill(f32::NEG_INFINITY);
     // SAFETY: `scores` is a whole number of vectors.

@@ -35,7 +35,7 @@ pub(super) struct Product<'a> {
 
 dispatch!(
     /// Computes the output columns of panels `first..end`.
-    fn panels = panels_kernel(product: &Product<'_>, first: usize, end: usize)
+    pub(super) fn panels = panels_kernel(product: &Product<'_>, first: usize, end: usize)
 );
 
 #[inline(always)]
@@ -64,7 +64,7 @@ const AHEAD: usize = 4096;
 
 const LINE: usize = 64;
 
-/// The accumulators of one row and panel.
+/// A value for each element of a panel's column: the accumulators of a row, or a column widened.
 type Sums = [f32; 2 * LANES];
 
 #[inline(always)]
@@ -142,7 +142,10 @@ unsafe fn few_rows<V: Lanes, W: Stored>(product: &Product<'_>, panel: usize) {
                 multiply_add(&mut acc, x.add(column), k, first, second);
             }
             for (r, acc) in acc.into_iter().enumerate() {
-                epilogue(product, panel, row + r, acc);
+                let mut sums: Sums = [0.0; 2 * LANES];
+                acc[0].store(sums.as_mut_ptr());
+                acc[1].store(sums.as_mut_ptr().add(LANES));
+                epilogue(V::ISA, product, panel, row + r, &sums);
             }
         });
     }
@@ -160,9 +163,8 @@ unsafe fn many_rows<V: Lanes, W: Stored>(
     let weights = panel_bytes(product, panel);
     let x = &product.x[first_row * k..(first_row + rows) * k];
     let mut sums: [Sums; ROW_BLOCK] = [[0.0; 2 * LANES]; ROW_BLOCK];
-    let mut block = [[0.0_f32; 2 * LANES]; K_BLOCK];
-    // SAFETY: a panel is k columns of 32 elements; `sums`, `block` and x have the rows and
-    // columns that the tiles are given.
+    let mut block: [Sums; K_BLOCK] = [[0.0; 2 * LANES]; K_BLOCK];
+    // SAFETY: a panel is k columns of 32 elements.
     unsafe {
         for start in (0..k).step_by(K_BLOCK) {
             let columns = K_BLOCK.min(k - start);
@@ -174,35 +176,71 @@ unsafe fn many_rows<V: Lanes, W: Stored>(
                 second.store(out.as_mut_ptr().add(LANES));
             }
             // The next block (of this panel, or the next one's first) comes while the tiles
-            // compute: one line a column, until all of it was asked for.
-            let next = from.wrapping_add(columns * bytes);
-            let mut asked = 0;
-            for_tiles!(V, rows, |row, R| {
-                let x = x[row * k + start..].as_ptr();
-                let sums = &mut sums[row..row + R];
-                let mut acc = [[V::splat(0.0); 2]; R];
-                for (acc, sums) in acc.iter_mut().zip(sums.iter()) {
-                    *acc = [V::load(sums.as_ptr()), V::load(sums.as_ptr().add(LANES))];
-                }
-                let ask = asked < K_BLOCK * bytes;
-                for (column, w) in block[..columns].iter().enumerate() {
-                    if ask {
-                        V::prefetch(next.wrapping_add(asked + column * LINE));
-                    }
-                    let (first, second) = (V::load(w.as_ptr()), V::load(w.as_ptr().add(LANES)));
-                    multiply_add(&mut acc, x.add(column), k, first, second);
-                }
-                asked += columns * LINE;
-                for (acc, sums) in acc.into_iter().zip(sums) {
-                    acc[0].store(sums.as_mut_ptr());
-                    acc[1].store(sums.as_mut_ptr().add(LANES));
-                }
-            });
+            // compute.
+            let next = Next {
+                address: from.wrapping_add(columns * bytes),
+                bytes: K_BLOCK * bytes,
+            };
+            let x = &x[start..];
+            multiply_block(V::ISA, &block[..columns], x, k, &mut sums[..rows], next);
         }
-        for (row, sums) in sums[..rows].iter().enumerate() {
-            let acc = [V::load(sums.as_ptr()), V::load(sums.as_ptr().add(LANES))];
-            epilogue(product, panel, first_row + row, acc);
-        }
+    }
+    for (row, sums) in sums[..rows].iter().enumerate() {
+        epilogue(V::ISA, product, panel, first_row + row, sums);
+    }
+}
+
+/// What will be read next.
+#[derive(Clone, Copy)]
+struct Next {
+    address: *const u8,
+    bytes: usize,
+}
+
+dispatch!(
+    /// Adds to each row's sums its part of x times the block. Rows of x are `stride` apart; `next` is
+    /// asked for, one line a column, until all of it was.
+    fn multiply_block = multiply_block_kernel(
+        block: &[Sums],
+        x: &[f32],
+        stride: usize,
+        sums: &mut [Sums],
+        next: Next,
+    )
+);
+
+#[inline(always)]
+unsafe fn multiply_block_kernel<V: Lanes>(
+    block: &[Sums],
+    x: &[f32],
+    stride: usize,
+    sums: &mut [Sums],
+    next: Next,
+) {
+    let mut asked = 0;
+    // SAFETY: x has, for each of `sums`, as many columns as the block.
+    unsafe {
+        for_tiles!(V, sums.len(), |row, R| {
+            let x = x[row * stride..].as_ptr();
+            let sums = &mut sums[row..row + R];
+            let mut acc = [[V::splat(0.0); 2]; R];
+            for (acc, sums) in acc.iter_mut().zip(sums.iter()) {
+                *acc = [V::load(sums.as_ptr()), V::load(sums.as_ptr().add(LANES))];
+            }
+            let ask = asked < next.bytes;
+            for (column, w) in block.iter().enumerate() {
+                if ask {
+                    V::prefetch(next.address.wrapping_add(asked + column * LINE));
+                }
+                let (first, second) = (V::load(w.as_ptr()), V::load(w.as_ptr().add(LANES)));
+                multiply_add(&mut acc, x.add(column), stride, first, second);
+            }
+            asked += block.len() * LINE;
+            for (acc, sums) in acc.into_iter().zip(sums) {
+                acc[0].store(sums.as_mut_ptr());
+                acc[1].store(sums.as_mut_ptr().add(LANES));
+            }
+        });
     }
 }
 
@@ -230,9 +268,13 @@ unsafe fn multiply_add<V: Lanes, const R: usize>(
     }
 }
 
-/// Bias, SwiGLU, residual; then stores the columns that exist.
+dispatch!(
+    /// Bias, SwiGLU, residual; then stores the columns that exist.
+    fn epilogue = epilogue_kernel(product: &Product<'_>, panel: usize, row: usize, sums: &Sums)
+);
+
 #[inline(always)]
-unsafe fn epilogue<V: Lanes>(product: &Product<'_>, panel: usize, row: usize, acc: [V; 2]) {
+unsafe fn epilogue_kernel<V: Lanes>(product: &Product<'_>, panel: usize, row: usize, sums: &Sums) {
     let (w, cols) = (product.w, product.w.out_cols());
     let first_col = panel * w.panel_cols();
     let width = (cols - first_col).min(w.panel_cols());
@@ -240,9 +282,9 @@ unsafe fn epilogue<V: Lanes>(product: &Product<'_>, panel: usize, row: usize, ac
     // and this tile is the only writer of these.
     unsafe {
         let mut values = [0.0_f32; 2 * LANES];
+        let (mut first, mut second) = (V::load(sums.as_ptr()), V::load(sums.as_ptr().add(LANES)));
         match w.layout() {
             Layout::Rows => {
-                let [mut first, mut second] = acc;
                 if let Some(bias) = product.bias {
                     values[..width].copy_from_slice(&bias[first_col..first_col + width]);
                     first = first.add(V::load(values.as_ptr()));
@@ -252,15 +294,14 @@ unsafe fn epilogue<V: Lanes>(product: &Product<'_>, panel: usize, row: usize, ac
                 second.store(values.as_mut_ptr().add(LANES));
             }
             Layout::GateUp => {
-                let [mut gate, mut up] = acc;
                 if let Some(bias) = product.bias {
                     let (gate_bias, up_bias) = bias.split_at(cols);
                     values[..width].copy_from_slice(&gate_bias[first_col..first_col + width]);
-                    gate = gate.add(V::load(values.as_ptr()));
+                    first = first.add(V::load(values.as_ptr()));
                     values[..width].copy_from_slice(&up_bias[first_col..first_col + width]);
-                    up = up.add(V::load(values.as_ptr()));
+                    second = second.add(V::load(values.as_ptr()));
                 }
-                silu(gate).mul(up).store(values.as_mut_ptr());
+                silu(first).mul(second).store(values.as_mut_ptr());
             }
         }
         let at = row * cols + first_col;

@@ -6,7 +6,7 @@ use super::simd::{LANES, Lanes, dispatch, reduce_add};
 dispatch!(
     /// Normalises one row. With `residual`, first `residual += x (+ bias)` and the sum is
     /// what is normalised. All slices have the same length.
-    fn row = row_kernel(
+    pub(super) fn row = row_kernel(
         x: &[f32],
         bias: Option<&[f32]>,
         residual: Option<&mut [f32]>,

@@ -66,8 +66,14 @@ impl Isa {
 /// call them only below a [`dispatch!`] entry. Loads and stores need that many valid
 /// elements at the pointer, unaligned is fine.
 pub(super) trait Lanes: Copy {
+    /// The instruction set of these lanes.
+    const ISA: Isa;
+
     /// Rows of a matrix-product tile for which accumulators fit in registers.
     const TILE_ROWS: usize;
+    /// Chains of dependent multiply-adds side by side, 4 or 8: enough to cover their latency, and
+    /// no more than fit in registers.
+    const CHAINS: usize;
 
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
@@ -159,18 +165,18 @@ pub(super) unsafe fn exp<V: Lanes>(x: V) -> V {
 /// Declares `fn $name(isa, args)`, which runs the generic `$kernel::<V>(args)` compiled for
 /// the instruction set. The kernel must be `#[inline(always)]`, or it is not.
 macro_rules! dispatch {
-    ($(#[$meta:meta])* fn $name:ident = $kernel:ident($($arg:ident: $type:ty),* $(,)?)) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident = $kernel:ident($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)?) => {
         $(#[$meta])*
-        pub(super) fn $name(isa: $crate::backend::cpu::simd::Isa, $($arg: $type),*) {
+        $vis fn $name(isa: $crate::backend::cpu::simd::Isa, $($arg: $type),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-            unsafe fn avx512($($arg: $type),*) {
+            unsafe fn avx512($($arg: $type),*) $(-> $ret)? {
                 // SAFETY: this function is only called where AVX-512 was detected.
                 unsafe { $kernel::<$crate::backend::cpu::simd::Avx512>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn avx2($($arg: $type),*) {
+            unsafe fn avx2($($arg: $type),*) $(-> $ret)? {
                 // SAFETY: this function is only called where AVX2 was detected.
                 unsafe { $kernel::<$crate::backend::cpu::simd::Avx2>($($arg),*) }
             }

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{LANES, Lanes};
+use super::{Isa, LANES, Lanes};
 
 /// Sixteen values in an array.
 #[derive(Clone, Copy)]
@@ -16,7 +16,10 @@ impl Portable {
 }
 
 impl Lanes for Portable {
+    const ISA: Isa = Isa::Portable;
+
     const TILE_ROWS: usize = 2;
+    const CHAINS: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{LANES, Lanes};
+use super::{Isa, LANES, Lanes};
 
 /// One AVX-512 register.
 #[derive(Clone, Copy)]
@@ -15,8 +15,11 @@ pub(in crate::backend::cpu) struct Avx512(__m512);
     reason = "one argument for all, above"
 )]
 impl Lanes for Avx512 {
+    const ISA: Isa = Isa::Avx512;
+
     // 24 accumulators, two weights and a broadcast of 32 registers.
     const TILE_ROWS: usize = 12;
+    const CHAINS: usize = 8;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -121,8 +124,11 @@ const HALF: usize = LANES / 2;
     reason = "one argument for all, above"
 )]
 impl Lanes for Avx2 {
+    const ISA: Isa = Isa::Avx2;
+
     // 8 accumulators, four weights and two broadcasts of 16 registers.
     const TILE_ROWS: usize = 2;
+    const CHAINS: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
