@@ -52,6 +52,12 @@ struct Plan<'a> {
     sent: usize,
 }
 
+impl AsMut<P2pComm> for P2pComm {
+    fn as_mut(&mut self) -> &mut P2pComm {
+        self
+    }
+}
+
 impl P2pComm {
     pub(super) fn new(shared: Arc<Shared>, host: CpuComm) -> Self {
         Self {

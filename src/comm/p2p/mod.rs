@@ -6,6 +6,7 @@
 //! | [`P2pGroup`], [`P2pOptions`] | ranks on devices: links, probe, rebuild |
 //! | [`P2pComm`] | one rank's handle: the collectives, put into its stream |
 //! | [`DeviceAllReduce`], [`ALL`] | all-reduce algorithms as values: [`OneShot`], [`TwoShot`], [`Ring`] |
+//! | [`Meter`] | what a collective costs: times, or on the virtual GPU what it does |
 //! | [`choose`] | the choice by size and links, and why not the others |
 //! | [`Survey`] | devices and links as the driver has them, before a group is made |
 //!
@@ -72,13 +73,15 @@
 //! The value names the kernels and holds the fatbin ([`Image`]); [`P2pOptions::algorithms`] loads it,
 //! [`P2pComm::all_reduce_with`] runs it. `tests/p2p_suite` is what the crate's own algorithms go
 //! through, and takes others: sums to the bit, losses, aborts, other calls, over many schedules of the
-//! virtual GPU; `tests/p2p_mutants.rs` then shows that the suite would notice a fault.
+//! virtual GPU; `tests/p2p_mutants.rs` then shows that the suite would notice a fault. [`Meter`] measures
+//! it as `ringtp bench` does the crate's own: `cargo run --features cuda --example custom_collective`.
 
 mod algorithm;
 mod budget;
 mod comm;
 mod diagnosis;
 mod group;
+mod meter;
 mod probe;
 mod rank_device;
 mod survey;
@@ -89,4 +92,5 @@ pub use algorithm::{
 };
 pub use comm::P2pComm;
 pub use group::{MAX_BLOCKS, MAX_RANKS, P2pGroup, P2pOptions};
+pub use meter::{Counts, Measured, Meter};
 pub use survey::Survey;

@@ -52,10 +52,18 @@ pub(super) fn run(args: &BenchArgs) -> ringtp::Result<(Setting, Vec<Row>)> {
             });
         }
     }
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let how = if ranks <= cores { "spin" } else { "sleep" };
-    let place = format!("threads on {cores} cores (they {how} while they wait)");
+    let how = if spin(ranks) { "spin" } else { "sleep" };
+    let place = format!("threads on {} cores (they {how} while they wait)", cores());
     Ok((Setting { ranks, place }, rows))
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Whether ranks have a core each, and wait without sleeping.
+fn spin(ranks: usize) -> bool {
+    ranks <= cores()
 }
 
 /// The median of rank 0's times.
@@ -67,7 +75,9 @@ fn time<T: Element>(
 ) -> ringtp::Result<Duration> {
     let bytes = elements * size_of::<T>();
     let batch = if bytes <= 32 << 10 { BATCH } else { 1 };
-    let rounds = (BUDGET / bytes / batch).clamp(9, 2000);
+    // Ranks that sleep take a hundred times as long over a small message.
+    let most = if spin(ranks) { 2000 } else { 50 };
+    let rounds = (BUDGET / bytes / batch).clamp(9, most);
     let results = run_ranks(ranks, GroupOptions::default(), |comm| {
         // Zeros: no overflow however often they are summed.
         let mut whole = vec![T::zeroed(); elements];

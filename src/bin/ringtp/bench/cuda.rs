@@ -1,14 +1,12 @@
 //! Collectives between devices: timed on real ones, counted on the virtual GPU.
 
-use std::sync::Barrier;
-use std::time::Duration;
-
-use ringtp::backend::cuda::{Context, Counters, DeviceBuffer, DevicePool, Event};
-use ringtp::comm::p2p::{ALL, DeviceAllReduce, MAX_RANKS, P2pComm, P2pGroup, P2pOptions, by_name};
+use ringtp::backend::cuda::{Context, DeviceBuffer, DevicePool};
+use ringtp::comm::p2p::{
+    self, ALL, DeviceAllReduce, MAX_RANKS, Meter, P2pComm, P2pGroup, P2pOptions, Refusal, by_name,
+};
 use ringtp::{DType, Result};
-use serde_json::Value;
 
-use super::{Counts, Measured, Row, Setting, elements, median};
+use super::{Measured, Row, Setting, elements};
 use crate::args::{BenchArgs, Operation};
 
 /// Sizes that are measured where none are named, and those that are counted.
@@ -24,15 +22,17 @@ const SIZES: [usize; 9] = [
     128 << 20,
 ];
 const COUNTED_SIZES: [usize; 3] = [1 << 10, 16 << 10, 128 << 10];
-/// Calls between two events, and how often they are measured after the first time.
-const BATCH: u32 = 20;
-const ROUNDS: usize = 20;
-
 /// One rank: its handle, and a message and a part of one in its device's memory.
 struct Rank {
     comm: P2pComm,
     whole: DeviceBuffer,
     part: DeviceBuffer,
+}
+
+impl AsMut<P2pComm> for Rank {
+    fn as_mut(&mut self) -> &mut P2pComm {
+        &mut self.comm
+    }
 }
 
 pub(super) fn run(args: &BenchArgs) -> Result<(Setting, Vec<Row>)> {
@@ -42,11 +42,11 @@ pub(super) fn run(args: &BenchArgs) -> Result<(Setting, Vec<Row>)> {
         _ => (0..Context::device_count()?.min(MAX_RANKS)).collect(),
     };
     let (group, comms) = P2pGroup::new(&devices, P2pOptions::default())?;
-    let counters = Counters::begin()?;
-    let sizes = match (&args.sizes, &counters) {
-        (Some(sizes), _) => &sizes.0[..],
-        (None, Some(_)) => &COUNTED_SIZES[..],
-        (None, None) => &SIZES[..],
+    let mut meter = Meter::new()?;
+    let sizes = match &args.sizes {
+        Some(sizes) => &sizes.0[..],
+        None if meter.counts() => &COUNTED_SIZES[..],
+        None => &SIZES[..],
     };
     let ranks = devices.len();
     let messages: Vec<usize> = sizes.iter().map(|&s| elements(args, ranks, s)).collect();
@@ -66,8 +66,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<(Setting, Vec<Row>)> {
         })
         .collect::<Result<_>>()?;
     let mut place = format!("on devices {devices:?}");
-    let mut counters = counters;
-    if counters.is_some() {
+    if meter.counts() {
         place.push_str(" of the virtual GPU: counts of one call, no times");
     }
     let mut rows = Vec::new();
@@ -80,9 +79,12 @@ pub(super) fn run(args: &BenchArgs) -> Result<(Setting, Vec<Row>)> {
                 dtype: args.elements(),
                 bytes,
             };
-            let measured = match &mut counters {
-                Some(counters) => Measured::Counts(count(&mut ranks, &call, counters)?),
-                None => Measured::Time(time(&mut ranks, &call)?),
+            let measured = match meter.measure(&mut ranks, |rank| call.put(rank))? {
+                p2p::Measured::Time(time) => Measured::Time(time),
+                p2p::Measured::Counts(counts) => Measured::Counts {
+                    counts,
+                    hops: algorithm.map_or(1, |a| a.hops(ranks.len())),
+                },
             };
             rows.push(Row {
                 algorithm: algorithm.map_or("-", |a| a.name()),
@@ -107,13 +109,13 @@ fn algorithms(
     if let Some(name) = &args.all_reduce {
         return Ok(vec![Some(by_name(name)?)]);
     }
-    let choice = ringtp::comm::p2p::choose(group.links(), group.wire(), bytes)?;
+    let choice = p2p::choose(group.links(), group.wire(), bytes)?;
     let works = |a: &&'static dyn DeviceAllReduce| {
         let refused = choice
             .refused
             .iter()
             .find(|(other, _)| other.name() == a.name());
-        refused.is_none_or(|(_, why)| matches!(why, ringtp::comm::p2p::Refusal::Slower(_)))
+        refused.is_none_or(|(_, why)| matches!(why, Refusal::Slower(_)))
     };
     Ok(ALL.iter().copied().filter(works).map(Some).collect())
 }
@@ -147,93 +149,4 @@ impl Call {
             (Operation::Broadcast, _) => rank.comm.broadcast(dtype, &mut whole, 0),
         }
     }
-}
-
-/// Runs `f` in a thread for each rank. One that fails ends the group, so that nobody waits for it.
-fn each<R: Send>(ranks: &mut [Rank], f: impl Fn(&mut Rank) -> Result<R> + Sync) -> Result<Vec<R>> {
-    let run = |rank: &mut Rank| f(rank).inspect_err(|error| rank.comm.abort(&error.to_string()));
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = ranks
-            .iter_mut()
-            .map(|rank| scope.spawn(|| run(rank)))
-            .collect();
-        let ends = threads.into_iter().map(|thread| match thread.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        });
-        ends.collect()
-    })
-}
-
-/// The slowest rank's median.
-fn time(ranks: &mut [Rank], call: &Call) -> Result<Duration> {
-    let times = each(ranks, |rank| {
-        let stream = rank.comm.stream().clone();
-        let (begin, end) = (
-            Event::timed(stream.context())?,
-            Event::timed(stream.context())?,
-        );
-        let mut times = Vec::new();
-        for round in 0..=ROUNDS {
-            // The ranks start together, or a rank's first call would wait for the last to come.
-            rank.comm.barrier()?;
-            begin.record(&stream)?;
-            for _ in 0..BATCH {
-                call.put(rank)?;
-            }
-            end.record(&stream)?;
-            rank.comm.synchronize()?;
-            if round > 0 {
-                times.push(end.elapsed_since(&begin)? / BATCH);
-            }
-        }
-        Ok(median(&mut times))
-    })?;
-    Ok(times.into_iter().max().unwrap_or_default())
-}
-
-fn count(ranks: &mut [Rank], call: &Call, counters: &mut Counters) -> Result<Counts> {
-    let before: u64 = sent(ranks);
-    let together = Barrier::new(ranks.len());
-    counters.take()?;
-    each(ranks, |rank| {
-        together.wait();
-        call.put(rank)?;
-        rank.comm.synchronize()
-    })?;
-    let report = counters.take()?;
-    let total = &report["total"];
-    let number = |value: &Value| value.as_u64().unwrap_or(0);
-    let strong = |begins: &str| -> u64 {
-        let all = total["strong"].as_object().into_iter().flatten();
-        let fitting = all.filter(|(name, _)| name.starts_with(begins));
-        fitting.map(|(_, n)| number(n)).sum()
-    };
-    let links = total["links"].as_array().into_iter().flatten();
-    // Not what goes to the host's memory: a rank's record of how far it is.
-    let between_devices = links.filter(|link| !link["to"].is_null());
-    let link_bytes = between_devices.map(|link| {
-        let part = |name: &str| number(&link[name]);
-        part("read") + part("written") + part("atomics") + part("spun")
-    });
-    let sectors = ["global_loads", "global_stores", "global_atomics"];
-    let n = ranks.len();
-    Ok(Counts {
-        bytes_by_formula: sent(ranks) - before,
-        link_bytes: link_bytes.sum(),
-        hops: call.algorithm.map_or(1, |a| a.hops(n)),
-        sectors: sectors
-            .iter()
-            .map(|kind| number(&total[kind]["sectors"]))
-            .sum(),
-        barriers: number(&total["barriers"]),
-        fences: strong("fence."),
-        releases: strong("st.release"),
-        acquires: strong("ld.acquire"),
-    })
-}
-
-/// Bytes that all ranks have sent so far, as the algorithms say.
-fn sent(ranks: &[Rank]) -> u64 {
-    ranks.iter().map(|rank| rank.comm.stats().bytes_sent).sum()
 }

@@ -8,6 +8,8 @@ mod model;
 use std::io::{Write, stdout};
 use std::time::Duration;
 
+#[cfg(feature = "cuda")]
+use ringtp::comm::p2p::Counts;
 use serde_json::{Value, json};
 
 use crate::Failure;
@@ -24,26 +26,9 @@ struct Row {
 enum Measured {
     /// A call's time.
     Time(Duration),
-    /// What a call of all ranks did.
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "made on devices"))]
-    Counts(Counts),
-}
-
-/// What a call of all ranks did, on the virtual GPU.
-struct Counts {
-    /// What the algorithm says that all ranks together send.
-    bytes_by_formula: u64,
-    /// What went over all links.
-    link_bytes: u64,
-    hops: usize,
-    /// Sectors of 32 bytes of global memory, the links' included.
-    sectors: u64,
-    barriers: u64,
-    fences: u64,
-    /// Stores with release order.
-    releases: u64,
-    /// Loads with acquire order, the turns of polling loops included.
-    acquires: u64,
+    /// What a call of all ranks did on the virtual GPU.
+    #[cfg(feature = "cuda")]
+    Counts { counts: Counts, hops: usize },
 }
 
 /// What all rows have in common.
@@ -139,10 +124,11 @@ impl Row {
                 let (algbw, busbw) = self.bandwidths(args, setting, *time);
                 json!({"us": time.as_secs_f64() * 1e6, "algbw_gb_s": algbw, "busbw_gb_s": busbw})
             }
-            Measured::Counts(counts) => json!({
+            #[cfg(feature = "cuda")]
+            Measured::Counts { counts, hops } => json!({
                 "link_bytes": counts.link_bytes,
                 "link_bytes_by_formula": counts.bytes_by_formula,
-                "hops": counts.hops,
+                "hops": hops,
                 "sectors": counts.sectors,
                 "barriers": counts.barriers,
                 "fences": counts.fences,
@@ -179,10 +165,11 @@ fn to_text(args: &BenchArgs, setting: &Setting, rows: &[Row]) -> String {
                     format!("{busbw:.2}"),
                 ]);
             }
-            Measured::Counts(c) => counts.push([
+            #[cfg(feature = "cuda")]
+            Measured::Counts { counts: c, hops } => counts.push([
                 bytes,
                 algorithm,
-                c.hops.to_string(),
+                hops.to_string(),
                 c.link_bytes.to_string(),
                 c.bytes_by_formula.to_string(),
                 c.sectors.to_string(),
