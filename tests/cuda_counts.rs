@@ -16,13 +16,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use cuda_support::{Gpu, Operand};
-use model_support::{Result, batch, open, some_ids};
+use model_support::{Result, open, some_ids};
 use ringtp::DType;
 use ringtp::backend::cuda::{
     self, AttentionScratch, CudaBackend, CudaKvPages, CudaPlan, DeviceBuffer, GEMM_FEW_ROWS,
     GemmEpilogue, RowLayout, SPLIT_ROWS,
 };
 use ringtp::backend::{Backend, HeadCounts, KvShape, RopeTables};
+use ringtp::comm::p2p::P2pOptions;
 use ringtp::layers::Rank;
 use ringtp::llama::{Batch, LoadOptions, Model, SampleRow, select};
 use test_driver::Taken;
@@ -49,18 +50,22 @@ impl Meeting {
     }
 }
 
-/// Counts what `ranks` ranks do in one decode step of a fixture: a row of one sequence at
-/// `position`, and the choice of its token.
+/// Blocks of the sequences of a step.
+const TABLES: [[u32; 4]; 2] = [[5, 2, 7, 1], [0, 6, 3, 4]];
+
+/// Counts what `ranks` ranks do in one decode step of a fixture: a row of each of so many sequences
+/// at `position`, and the choice of its token.
 fn decode_step(
     driver: &Taken,
     name: &str,
     dtype: DType,
-    ranks: usize,
+    (ranks, options): (usize, P2pOptions),
+    sequences: usize,
     position: usize,
 ) -> Result<Report> {
     let checkpoint = open(name)?;
     let vocab = checkpoint.config().dims.vocab_size;
-    let (_group, comms) = p2p_support::group(ranks, p2p_support::options());
+    let (_group, comms) = p2p_support::group(ranks, options);
     // What comes before the step and after it is not counted: the ranks wait for each other, and
     // for who counts, between these.
     let meet = Meeting {
@@ -91,10 +96,14 @@ fn decode_step(
             };
             let mut model = Model::load(&mut rank, &checkpoint, options, &|_| {}).expect("a model");
             let mut kv = model.kv_cache(rank.backend, 8, 16, dtype).expect("a cache");
-            let (ids, table) = (some_ids(vocab, 1, position + 1), [5, 2, 7, 1]);
+            let ids = some_ids(vocab, 1, position + 1);
             let mut step = |from: usize, to: usize| {
-                let rows = batch(&ids[from..to], from, position, &table);
-                let sample = vec![SampleRow::greedy(); to - from];
+                let mut rows = Batch::new();
+                for table in &TABLES[..sequences] {
+                    rows.push(&ids[from..to], from as u32, position as u32, table);
+                }
+                rows.logits_rows = (0..rows.rows() as u32).collect();
+                let sample = vec![SampleRow::greedy(); rows.rows()];
                 let (logits, head) = model.forward(&mut rank, &rows, &mut kv).expect("a step");
                 select(&mut rank, head, logits, &sample).expect("tokens");
                 rank.backend.synchronize().expect("a step");
@@ -121,7 +130,8 @@ fn a_decode_step_reads_every_weight_and_entry_exactly_once() -> Result {
         return Ok(());
     }
     let position = 37;
-    let report = decode_step(&driver, "gqa_8_2", DType::F32, 1, position)?;
+    let alone = (1, p2p_support::options());
+    let report = decode_step(&driver, "gqa_8_2", DType::F32, alone, 1, position)?;
     // Weights and cache are in a slab of their own.
     let slab = |memory: &&Touched| memory.bytes == 32 << 20;
     let slab: Vec<_> = report.memory.iter().filter(slab).collect();
@@ -187,7 +197,8 @@ fn table(report: &Report) -> String {
     text
 }
 
-/// A step of the shipped model, bf16, four layers, one of two ranks.
+/// A step of the shipped model, bf16, four layers, one of two ranks: of one sequence; and of two, of
+/// which each rank normalises one.
 #[test]
 fn launches_and_bytes_of_a_decode_step_are_as_recorded() -> Result {
     let Some(driver) = test_driver::take() else {
@@ -197,28 +208,52 @@ fn launches_and_bytes_of_a_decode_step_are_as_recorded() -> Result {
         test_driver::skipped("a real device does not count");
         return Ok(());
     }
-    let found = table(&decode_step(&driver, "austen", DType::Bf16, 2, 20)?);
-    let record = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_gates/decode.tsv");
-    if std::env::var_os("RINGTP_UPDATE_GATES").is_some() {
-        std::fs::write(&record, &found)?;
+    let sequence_parallel = P2pOptions {
+        sequence_parallel: true,
+        ..p2p_support::options()
+    };
+    for (name, options, sequences) in [
+        ("decode", p2p_support::options(), 1),
+        ("decode_sequence_parallel", sequence_parallel, 2),
+    ] {
+        let ranks = (2, options);
+        let report = decode_step(&driver, "austen", DType::Bf16, ranks, sequences, 20)?;
+        let found = table(&report);
+        let records = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_gates");
+        let record = records.join(format!("{name}.tsv"));
+        if std::env::var_os("RINGTP_UPDATE_GATES").is_some() {
+            std::fs::write(&record, &found)?;
+        }
+        let recorded = std::fs::read_to_string(&record)?;
+        assert_eq!(
+            found, recorded,
+            "{name}, if that is meant: RINGTP_UPDATE_GATES=1 cargo test --features cuda --test \
+             cuda_counts"
+        );
     }
-    let recorded = std::fs::read_to_string(&record)?;
-    assert_eq!(
-        found, recorded,
-        "if that is meant: RINGTP_UPDATE_GATES=1 cargo test --features cuda --test cuda_counts"
-    );
     Ok(())
 }
 
 /// The host of each rank waits for its device once in a step of decode, for the tokens, however they
-/// are chosen.
+/// are chosen, and whether ranks share its rows out or not.
 #[test]
 fn a_decode_step_waits_for_the_device_once() -> Result {
     let Some(_driver) = test_driver::take() else {
         return Ok(());
     };
+    for sequence_parallel in [false, true] {
+        let options = P2pOptions {
+            sequence_parallel,
+            ..p2p_support::options()
+        };
+        decode_steps_wait_once(options)?;
+    }
+    Ok(())
+}
+
+fn decode_steps_wait_once(options: P2pOptions) -> Result {
     let checkpoint = open("gqa_8_2")?;
-    let (_group, comms) = p2p_support::group(2, p2p_support::options());
+    let (_group, comms) = p2p_support::group(2, options);
     let greedy = SampleRow::greedy();
     let drawn = SampleRow {
         temperature: 0.8,
@@ -246,14 +281,16 @@ fn a_decode_step_waits_for_the_device_once() -> Result {
         let mut model = Model::load(&mut rank, &checkpoint, options, &|_| {}).expect("a model");
         let mut kv = model.kv_cache(rank.backend, 8, 16, DType::F32);
         let kv = kv.as_mut().expect("a cache");
-        let table = [5, 2, 7, 1];
         let mut waits = |ids: &[u32], from: usize, sample: &SampleRow| {
             let before = stream.waits();
-            let mut rows = batch(ids, from, 17, &table);
-            rows.logits_rows.drain(..ids.len() - 1);
-            let (logits, head) = model.forward(&mut rank, &rows, kv).expect("a step");
-            let tokens = select(&mut rank, head, logits, std::slice::from_ref(sample));
-            tokens.expect("a token");
+            let mut batch = Batch::new();
+            for table in &TABLES {
+                let rows = batch.push(ids, from as u32, 17, table);
+                batch.logits_rows.push(rows.end - 1);
+            }
+            let (logits, head) = model.forward(&mut rank, &batch, kv).expect("a step");
+            let tokens = select(&mut rank, head, logits, &vec![sample.clone(); TABLES.len()]);
+            tokens.expect("tokens");
             stream.waits() - before
         };
         // Memory is taken for the prompt, and for each way to choose.

@@ -127,6 +127,7 @@ fn the_command_line_names_devices() {
         &["--devices", "1,1"],
         &["--device", "cuda", "--tp", "2"],
         &["--devices", "0,1", "--all-reduce", "two-shot"],
+        &["--devices", "0,1", "--sequence-parallel"],
     ] {
         let cuda = run(more);
         assert_eq!(cuda.code, 0, "{more:?}: {}", cuda.stderr);
@@ -300,13 +301,6 @@ fn devices_that_cannot_be_are_errors_that_say_so() {
         "all_reduce: expected one of auto, one-shot, two-shot, ring, found \"tree\"",
         GroupOptions {
             all_reduce: Some("tree".into()),
-            ..on(vec![0, 1])
-        },
-    );
-    refused(
-        "sequence_parallel",
-        GroupOptions {
-            sequence_parallel: true,
             ..on(vec![0, 1])
         },
     );

@@ -16,10 +16,13 @@ use std::sync::Arc;
 
 use golden::{Golden, choices_where_the_margin_decides, max_error, range};
 use model_support::{Result, batch, fixture, open};
-use ringtp::backend::cuda::CudaBackend;
+use ringtp::backend::Backend;
+use ringtp::backend::cuda::{CudaBackend, CudaTensor};
 use ringtp::checkpoint::Checkpoint;
-use ringtp::comm::p2p::P2pComm;
+use ringtp::comm::Communicator;
+use ringtp::comm::p2p::{P2pComm, P2pOptions};
 use ringtp::generate::Tokenizer;
+use ringtp::host::HostMatrix;
 use ringtp::layers::Rank;
 use ringtp::llama::{Group, GroupOptions, LoadOptions, Model, SampleRow, select};
 use ringtp::{DType, Error};
@@ -261,6 +264,82 @@ fn in_bf16_and_f16_errors_are_at_most_twice_those_of_transformers_and_ids_the_sa
         );
     }
     Ok(())
+}
+
+/// Rows that can be shared out equally and that cannot, fewer than ranks, and one: of a rank's own
+/// it makes the sums and norms, another way, and all have the same bits.
+#[test]
+fn sequence_parallel_changes_no_bit() -> Result {
+    let Some(_driver) = test_driver::take() else {
+        return Ok(());
+    };
+    for (name, tp, dtype, rows) in [
+        // Steps of 4, 5 and of 1.
+        ("gqa_8_2", 2, DType::F32, 9),
+        ("odd_sizes", 3, DType::F32, 9),
+        // Of 2, 3 and of 1.
+        ("bf16", 3, DType::Bf16, 5),
+        ("biases_tied", 2, DType::F16, 5),
+    ] {
+        let checkpoint = open(name)?;
+        let ids = &prompt(name)?[..rows];
+        let run = |sequence_parallel| {
+            let options = P2pOptions {
+                sequence_parallel,
+                ..p2p_support::options()
+            };
+            let (_group, comms) = p2p_support::group(tp, options);
+            p2p_support::run(comms, |rank| {
+                let run = run_rank(&checkpoint, ids, &mut rank.comm, dtype).expect("a rank runs");
+                (run, rank.comm.stats().calls)
+            })
+        };
+        let (plain, parallel) = (run(false), run(true));
+        for (run, calls) in &parallel {
+            assert!(*run == plain[0].0, "{name}, tp {tp}");
+            assert!(*calls > plain[0].1, "{name}, tp {tp}: it is another way");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_to_share_out_that_do_not_fit_are_refused_before_anything_is_sent() {
+    let Some(_driver) = test_driver::take() else {
+        return;
+    };
+    let options = P2pOptions {
+        sequence_parallel: true,
+        ..p2p_support::options()
+    };
+    let (_group, comms) = p2p_support::group(2, options);
+    p2p_support::run(comms, |rank| {
+        let comm = &mut rank.comm;
+        let stream = comm.stream().clone();
+        let mut backend = CudaBackend::new(stream, DType::F32).expect("a backend");
+        let mut tensor = |rows, cols| backend.tensor(rows, cols).expect("a tensor");
+        let (mut x, mut fits, mut out) = (tensor(5, 8), tensor(5, 8), tensor(5, 8));
+        let (mut short, mut wide) = (tensor(4, 8), tensor(5, 16));
+        let ones = [1.0_f32; 8];
+        let ones = HostMatrix::new(bytemuck::cast_slice(&ones), DType::F32, 1, 8);
+        let weight = backend.vector(&[ones.expect("a row")]).expect("a vector");
+        comm.meet().expect("all");
+        let mut sum = |residual: &mut CudaTensor, out: &mut CudaTensor| {
+            comm.all_reduce_add_rms_norm(&mut backend, &mut x, None, residual, &weight, 1e-5, out)
+        };
+        for (what, refused) in [
+            ("residual", sum(&mut short, &mut out)),
+            ("output", sum(&mut fits, &mut wide)),
+        ] {
+            let error = refused.expect_err(what).to_string();
+            assert!(error.contains(what) && error.contains("[5, 8]"), "{error}");
+        }
+        sum(&mut fits, &mut out).expect("they fit");
+        comm.synchronize().expect("a sum");
+        // A part of the sum, the parts of all, and the sum of the row that is left over.
+        assert_eq!(comm.stats().calls, 3);
+        assert_eq!(backend.read(&out).expect("zeros"), [0.0; 40]);
+    });
 }
 
 /// The control: another position of one chunk is seen.

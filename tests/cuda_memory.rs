@@ -9,16 +9,16 @@ mod p2p_support;
 use std::time::Duration;
 
 use model_support::{Result, batch, bits, load, open, some_ids};
-use ringtp::backend::KvShape;
 use ringtp::backend::cuda::{
-    BUFFER_ALIGN, Context, CudaBackend, CudaKvPages, CudaTensor, DevicePool,
+    BUFFER_ALIGN, Context, CudaBackend, CudaKvPages, CudaTensor, CudaVector, DevicePool,
 };
+use ringtp::backend::{KvShape, WantedRecord};
 use ringtp::checkpoint::Checkpoint;
-use ringtp::comm::p2p::{P2pComm, P2pGroup};
+use ringtp::comm::p2p::{P2pComm, P2pGroup, P2pOptions};
 use ringtp::comm::{CommError, Communicator};
 use ringtp::layers::Rank;
 use ringtp::llama::{Batch, Group, GroupOptions, KvCache, LoadOptions, Model, SampleRow, select};
-use ringtp::shard::{HeadShard, ShardPlan, TensorPlan};
+use ringtp::shard::{HeadShard, ShardPlan, TensorPlan, VocabShard};
 use ringtp::{DType, Error};
 
 test_driver::also_on_a_real_driver!();
@@ -27,7 +27,7 @@ const MODEL: &str = "gqa_8_2";
 const VOCAB: usize = 97;
 
 /// Small slabs, so that small batches need another.
-const SLAB: usize = 64 << 10;
+const SLAB: usize = 16 << 10;
 
 /// Rows that one slab does not hold.
 const LARGE: usize = 100;
@@ -99,10 +99,90 @@ impl<'a, C: Communicator<CudaBackend>> Engine<'a, C> {
     fn meet(&mut self) -> ringtp::Result<()> {
         self.comm.meet(&mut self.backend)
     }
+}
 
-    /// Bytes of the driver that its pools have.
-    fn taken(&self) -> usize {
-        self.backend.pool().usage().0 + self.backend.passing().usage().0
+/// Bytes of the driver that a backend's pools for steps have.
+fn taken(backend: &CudaBackend) -> usize {
+    backend.pool().usage().0 + backend.passing().usage().0
+}
+
+/// A rank that takes no memory while it shares out rows, and that need not meet others before it does.
+struct Watched<'a> {
+    comm: &'a mut P2pComm,
+    meets: bool,
+}
+
+impl Communicator<CudaBackend> for Watched<'_> {
+    fn rank(&self) -> usize {
+        self.comm.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.comm.world_size()
+    }
+
+    fn all_reduce(&mut self, backend: &mut CudaBackend, x: &mut CudaTensor) -> ringtp::Result<()> {
+        Communicator::all_reduce(self.comm, backend, x)
+    }
+
+    fn all_reduce_add_rms_norm(
+        &mut self,
+        backend: &mut CudaBackend,
+        x: &mut CudaTensor,
+        bias: Option<&CudaVector>,
+        residual: &mut CudaTensor,
+        weight: &CudaVector,
+        eps: f32,
+        out: &mut CudaTensor,
+    ) -> ringtp::Result<()> {
+        let before = taken(backend);
+        let comm = &mut *self.comm;
+        comm.all_reduce_add_rms_norm(backend, x, bias, residual, weight, eps, out)?;
+        assert_eq!(taken(backend), before, "in the middle of a step");
+        Ok(())
+    }
+
+    fn passing_columns(&self, cols: usize) -> Vec<usize> {
+        self.comm.passing_columns(cols)
+    }
+
+    fn all_gather_columns(
+        &mut self,
+        backend: &mut CudaBackend,
+        x: &CudaTensor,
+        widths: &[usize],
+        out: &mut CudaTensor,
+    ) -> ringtp::Result<()> {
+        Communicator::all_gather_columns(self.comm, backend, x, widths, out)
+    }
+
+    fn all_gather_words(
+        &mut self,
+        backend: &mut CudaBackend,
+        words: &[u32],
+    ) -> ringtp::Result<Vec<u32>> {
+        self.comm.all_gather_words(backend, words)
+    }
+
+    fn gather_records(
+        &mut self,
+        backend: &mut CudaBackend,
+        logits: &CudaTensor,
+        shard: &VocabShard,
+        wanted: &[WantedRecord<'_>],
+    ) -> ringtp::Result<Vec<u32>> {
+        self.comm.gather_records(backend, logits, shard, wanted)
+    }
+
+    fn meet(&mut self, backend: &mut CudaBackend) -> ringtp::Result<()> {
+        match self.meets {
+            true => Communicator::meet(self.comm, backend),
+            false => Ok(()),
+        }
+    }
+
+    fn abort(&mut self, cause: &str) {
+        self.comm.abort(cause);
     }
 }
 
@@ -114,25 +194,38 @@ fn steps_take_memory_only_while_nobody_waits_and_once() -> Result {
         return Ok(());
     };
     let checkpoint = open(MODEL)?;
-    for (devices, tp_invariant) in [([0, 1], false), ([0, 1], true), ([0, 0], false)] {
-        let (_group, comms) = P2pGroup::new(&devices, p2p_support::options())?;
+    for (devices, tp_invariant, sequence_parallel) in [
+        ([0, 1], false, false),
+        ([0, 1], true, false),
+        ([0, 0], false, false),
+        ([0, 0], false, true),
+    ] {
+        let options = P2pOptions {
+            sequence_parallel,
+            ..p2p_support::options()
+        };
+        let (_group, comms) = P2pGroup::new(&devices, options)?;
         let runs = p2p_support::run(comms, |rank| {
             let late = rank.comm.rank() == 1;
             let backend = backend(&rank.comm);
-            let mut engine = Engine::new(&mut rank.comm, backend, &checkpoint, tp_invariant);
-            let mut taken = vec![engine.taken()];
+            let mut watched = Watched {
+                comm: &mut rank.comm,
+                meets: true,
+            };
+            let mut engine = Engine::new(&mut watched, backend, &checkpoint, tp_invariant);
+            let mut all = vec![taken(&engine.backend)];
             let mut answers = Vec::new();
             for rows in [3, LARGE, LARGE, 3] {
                 if late {
                     std::thread::sleep(Duration::from_millis(50));
                 }
                 answers.push(engine.prompt(rows).expect("a step"));
-                taken.push(engine.taken());
+                all.push(taken(&engine.backend));
             }
-            assert!(taken[0] < taken[2], "more rows take more memory: {taken:?}");
+            assert!(all[0] < all[2], "more rows take more memory: {all:?}");
             assert!(
-                taken[2..].iter().all(|&bytes| bytes == taken[2]),
-                "and no more of it the second time: {taken:?}"
+                all[2..].iter().all(|&bytes| bytes == all[2]),
+                "and no more of it the second time: {all:?}"
             );
             answers
         });
@@ -141,45 +234,6 @@ fn steps_take_memory_only_while_nobody_waits_and_once() -> Result {
         assert!(answers[1] == answers[2] && answers[0] == answers[3]);
     }
     Ok(())
-}
-
-/// Ranks that do not meet before they take memory.
-struct Unmet<'a>(&'a mut P2pComm);
-
-impl Communicator<CudaBackend> for Unmet<'_> {
-    fn rank(&self) -> usize {
-        self.0.rank()
-    }
-
-    fn world_size(&self) -> usize {
-        self.0.world_size()
-    }
-
-    fn all_reduce(&mut self, backend: &mut CudaBackend, x: &mut CudaTensor) -> ringtp::Result<()> {
-        Communicator::all_reduce(self.0, backend, x)
-    }
-
-    fn all_gather_columns(
-        &mut self,
-        backend: &mut CudaBackend,
-        x: &CudaTensor,
-        widths: &[usize],
-        out: &mut CudaTensor,
-    ) -> ringtp::Result<()> {
-        Communicator::all_gather_columns(self.0, backend, x, widths, out)
-    }
-
-    fn all_gather_words(
-        &mut self,
-        backend: &mut CudaBackend,
-        words: &[u32],
-    ) -> ringtp::Result<Vec<u32>> {
-        self.0.all_gather_words(backend, words)
-    }
-
-    fn abort(&mut self, cause: &str) {
-        self.0.abort(cause);
-    }
 }
 
 /// The control: without the meetings the late rank waits for a device on which a collective waits for
@@ -198,7 +252,10 @@ fn without_the_meetings_a_late_rank_is_waited_for_in_vain() -> Result {
     let errors = p2p_support::run(comms, |rank| {
         let late = rank.comm.rank() == 1;
         let backend = backend(&rank.comm);
-        let mut unmet = Unmet(&mut rank.comm);
+        let mut unmet = Watched {
+            comm: &mut rank.comm,
+            meets: false,
+        };
         let mut engine = Engine::new(&mut unmet, backend, &checkpoint, false);
         if late {
             std::thread::sleep(Duration::from_millis(300));

@@ -47,6 +47,14 @@ pub trait Communicator<B: Backend>: Send {
         backend.add_rms_norm(x, bias, residual, weight, eps, out)
     }
 
+    /// What [`Self::all_reduce_add_rms_norm`] takes from the backend while it runs, where activations
+    /// have `cols` columns: tensors with the rows of a step and so many columns each, for
+    /// [`Backend::reserve`]. By default none.
+    fn passing_columns(&self, cols: usize) -> Vec<usize> {
+        let _ = cols;
+        Vec::new()
+    }
+
     /// The ranks' columns side by side: `out` is `[rows, sum of widths]`, `widths[r]` the
     /// columns of rank r's `x`.
     fn all_gather_columns(

@@ -36,9 +36,9 @@ impl TensorComm {
 
     /// Sequence parallelism (Korthikanti et al., 2022): in
     /// [`Communicator::all_reduce_add_rms_norm`] each rank reduces, adds and normalises its part
-    /// of the rows, which are then gathered: the same bytes and bits, a share of the work. The
-    /// rows of `residual` that belong to other ranks are left as they are, and not read again.
-    /// All ranks must say the same.
+    /// of the rows, which are then gathered: the same bytes, the bits of the all-reduces that sum in
+    /// rank order, a share of the work. The rows of `residual` that belong to other ranks are left
+    /// as they are, and not read again. All ranks must say the same.
     #[must_use]
     pub fn sequence_parallel(mut self, on: bool) -> Self {
         self.sequence_parallel = on;

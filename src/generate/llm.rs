@@ -66,7 +66,8 @@ impl LlmBuilder {
         self
     }
 
-    /// Each rank adds and normalises its part of the rows of a step; the same bits and bytes.
+    /// Each rank adds and normalises its part of the rows of a step; the same bytes, and the bits of
+    /// sums in rank order.
     pub fn sequence_parallel(mut self, sequence_parallel: bool) -> Self {
         self.group.sequence_parallel = sequence_parallel;
         self

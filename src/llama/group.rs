@@ -391,14 +391,6 @@ impl Group {
                 "name as many; one may be named several times",
             ));
         }
-        if self.options.sequence_parallel {
-            return Err(Error::input(
-                "sequence_parallel",
-                "its default, where ranks are on devices",
-                "another",
-                "leave it out, or run on the CPU",
-            ));
-        }
         #[cfg(feature = "cuda")]
         {
             // By size, where `auto` does so on the CPU.
@@ -409,6 +401,7 @@ impl Group {
             let options = P2pOptions {
                 deadline: self.options.deadline,
                 all_reduce,
+                sequence_parallel: self.options.sequence_parallel,
                 ..Default::default()
             };
             let (group, comms) = P2pGroup::new(devices, options)?;

@@ -255,12 +255,21 @@ impl<B: Backend> Model<B> {
             kv: heads.kv.len(),
             head_dim: self.dims.head_dim,
         };
-        // A whole input of a projection, and this rank's columns of its output.
-        let columns = [
-            (self.dims.num_attention_heads * self.dims.head_dim).max(self.dims.intermediate_size),
-            self.part.of(self.dims.hidden_size).len(),
-        ];
-        let columns: &[usize] = if self.gathers { &columns } else { &[] };
+        let Dims {
+            hidden_size,
+            intermediate_size,
+            num_attention_heads,
+            head_dim,
+            ..
+        } = self.dims;
+        let columns = match self.gathers {
+            // A whole input of a projection, and this rank's columns of its output.
+            true => vec![
+                (num_attention_heads * head_dim).max(intermediate_size),
+                self.part.of(hidden_size).len(),
+            ],
+            false => rank.comm.passing_columns(hidden_size),
+        };
         let workspace = &mut self.workspace;
         let (comm, backend) = (&mut *rank.comm, &mut *rank.backend);
         let wanted = [rows, logits_rows, sequences, blocks, context];
@@ -274,7 +283,7 @@ impl<B: Backend> Model<B> {
                 context,
             };
             workspace.set_rows(backend, rows, logits_rows)?;
-            backend.reserve(&size, heads, columns)
+            backend.reserve(&size, heads, &columns)
         })
     }
 

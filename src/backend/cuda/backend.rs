@@ -10,7 +10,7 @@ use super::view::RowLayout;
 use super::{
     AttentionScratch, BUFFER_ALIGN, Context, CudaKvPages, CudaMatrix, CudaPlan, CudaTensor,
     DeviceBuffer, DevicePool, DeviceSlice, DeviceSliceMut, GemmEpilogue, Kernels, RecordsSize,
-    Rows, Stream,
+    Rows, RowsMut, Stream,
 };
 use crate::backend::{
     Backend, Epilogue, HeadCounts, KvShape, Layout, MemoryUse, RopeTables, StepSize, WantedRecord,
@@ -209,6 +209,28 @@ impl CudaBackend {
             super::sampling::sort_lists(of_rank, wanted);
         }
         all
+    }
+
+    /// [`Backend::add_rms_norm`] of rows, which may be some of a tensor's.
+    pub(crate) fn add_rms_norm_rows(
+        &mut self,
+        x: Rows<'_>,
+        bias: Option<&CudaVector>,
+        residual: RowsMut<'_>,
+        weight: &CudaVector,
+        eps: f32,
+        out: RowsMut<'_>,
+    ) -> Result<()> {
+        super::add_rms_norm(
+            &self.kernels,
+            &self.stream,
+            x,
+            bias.map(|bias| self.vector_view(bias)),
+            residual,
+            self.vector_view(weight),
+            eps,
+            out,
+        )
     }
 
     /// Takes so many bytes for what passes within a step.
@@ -417,16 +439,8 @@ impl Backend for CudaBackend {
         eps: f32,
         out: &mut CudaTensor,
     ) -> Result<()> {
-        super::add_rms_norm(
-            &self.kernels,
-            &self.stream,
-            x.rows()?,
-            bias.map(|bias| self.vector_view(bias)),
-            residual.rows_mut()?,
-            self.vector_view(weight),
-            eps,
-            out.rows_mut()?,
-        )
+        let (x, residual, out) = (x.rows()?, residual.rows_mut()?, out.rows_mut()?);
+        self.add_rms_norm_rows(x, bias, residual, weight, eps, out)
     }
 
     fn rope_append(

@@ -77,6 +77,35 @@ impl CudaTensor {
         let layout = self.layout;
         RowsMut::new(self.as_mut()?, layout)
     }
+
+    /// How these rows of it lie, and in which of its bytes.
+    fn part_of(&self, rows: Range<usize>) -> (RowLayout, Range<usize>) {
+        let row = self.layout.cols * self.layout.dtype.size();
+        let bytes = |rows: usize| rows.saturating_mul(row);
+        let layout = RowLayout {
+            rows: rows.len(),
+            ..self.layout
+        };
+        (layout, bytes(rows.start)..bytes(rows.end))
+    }
+
+    /// These rows of it, to read.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they are not all within.
+    pub fn part(&self, rows: Range<usize>) -> Result<Rows<'_>> {
+        let (layout, bytes) = self.part_of(rows);
+        Rows::new(self.as_ref()?.range(bytes)?, layout)
+    }
+
+    /// These rows of it, to write.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they are not all within.
+    pub fn part_mut(&mut self, rows: Range<usize>) -> Result<RowsMut<'_>> {
+        let (layout, bytes) = self.part_of(rows);
+        RowsMut::new(self.as_mut()?.range(bytes)?, layout)
+    }
 }
 
 /// A weight matrix `[rows, cols]` in device memory, as checkpoints have it: row after row, each at

@@ -105,6 +105,11 @@ impl<'a> Rows<'a> {
         Ok(Self { data, layout })
     }
 
+    /// The bytes that they lie in.
+    pub fn data(&self) -> DeviceSlice<'a> {
+        self.data
+    }
+
     /// The address of the first element.
     pub fn address(&self) -> u64 {
         self.data.address()
@@ -125,6 +130,11 @@ impl<'a> RowsMut<'a> {
     pub fn new(data: DeviceSliceMut<'a>, layout: RowLayout) -> Result<Self> {
         layout.check(data.address(), data.len(), true)?;
         Ok(Self { data, layout })
+    }
+
+    /// The bytes that they lie in.
+    pub fn into_data(self) -> DeviceSliceMut<'a> {
+        self.data
     }
 
     /// The address of the first element.

@@ -103,6 +103,14 @@ impl P2pComm {
         self.shared.device(self.rank).kernels.clone()
     }
 
+    /// Rows of each rank's own, where all have `rows` to add and normalise.
+    pub(super) fn rows_of_each(&self, rows: usize) -> usize {
+        match self.shared.options.sequence_parallel && self.world_size() > 1 {
+            true => rows / self.world_size(),
+            false => 0,
+        }
+    }
+
     /// Calls and bytes sent so far, as the table of algorithms counts them. The time is not known
     /// here: the calls do not wait.
     pub fn stats(&self) -> CommStats {

@@ -57,6 +57,12 @@ pub struct P2pOptions {
     pub algorithms: Vec<&'static dyn DeviceAllReduce>,
     /// The algorithm of all-reduces that name none; the cost model chooses if `None`.
     pub all_reduce: Option<&'static dyn DeviceAllReduce>,
+    /// Sequence parallelism, as of
+    /// [`TensorComm::sequence_parallel`](crate::comm::TensorComm::sequence_parallel): in
+    /// [`Communicator::all_reduce_add_rms_norm`](crate::comm::Communicator::all_reduce_add_rms_norm)
+    /// each rank reduces, adds and normalises as many of the rows, which are then gathered. What is
+    /// left over, fewer rows than there are ranks, is everybody's.
+    pub sequence_parallel: bool,
 }
 
 impl Default for P2pOptions {
@@ -74,6 +80,7 @@ impl Default for P2pOptions {
             ahead: Vec::new(),
             algorithms: Vec::new(),
             all_reduce: None,
+            sequence_parallel: false,
         }
     }
 }

@@ -1,8 +1,10 @@
 //! Ranks on devices as a model sees them: collectives on tensors of the CUDA backend.
 
 use super::P2pComm;
-use crate::backend::WantedRecord;
-use crate::backend::cuda::{CudaBackend, CudaTensor, RecordsSize, words_of};
+use crate::backend::cuda::{
+    CudaBackend, CudaTensor, CudaVector, RecordsSize, RowLayout, Rows, RowsMut, words_of,
+};
+use crate::backend::{Backend, WantedRecord};
 use crate::comm::Communicator;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -33,6 +35,66 @@ impl Communicator<CudaBackend> for P2pComm {
         same_stream(self, backend)?;
         let dtype = x.layout().dtype;
         P2pComm::all_reduce(self, dtype, &mut x.as_mut()?)
+    }
+
+    fn all_reduce_add_rms_norm(
+        &mut self,
+        backend: &mut CudaBackend,
+        x: &mut CudaTensor,
+        bias: Option<&CudaVector>,
+        residual: &mut CudaTensor,
+        weight: &CudaVector,
+        eps: f32,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        let RowLayout {
+            rows, cols, dtype, ..
+        } = *x.layout();
+        let each = self.rows_of_each(rows);
+        if each == 0 {
+            Communicator::all_reduce(self, backend, x)?;
+            return backend.add_rms_norm(x, bias, residual, weight, eps, out);
+        }
+        same_stream(self, backend)?;
+        for (what, other) in [("residual", &*residual), ("output", &*out)] {
+            let other = other.layout();
+            if other != x.layout() {
+                return Err(Error::shape(
+                    format_args!("all_reduce_add_rms_norm: {what}"),
+                    format_args!("[{rows}, {cols}] of {dtype}"),
+                    format_args!("[{}, {}] of {}", other.rows, other.cols, other.dtype),
+                ));
+            }
+        }
+        // The ranks' own rows, one rank after another, then those of all.
+        let (me, shared) = (P2pComm::rank(self), each * P2pComm::world_size(self));
+        let own = me * each..(me + 1) * each;
+        let layout = RowLayout::contiguous(dtype, each, cols);
+        let (pool, bytes) = (backend.passing(), each * cols * dtype.size());
+        let (mut sum, mut normed) = (pool.buffer(bytes)?, pool.buffer(bytes)?);
+        self.reduce_scatter(dtype, x.part(0..shared)?.data(), &mut sum.as_mut())?;
+        let to = RowsMut::new(normed.as_mut(), layout)?;
+        let from = Rows::new(sum.as_ref(), layout)?;
+        backend.add_rms_norm_rows(from, bias, residual.part_mut(own)?, weight, eps, to)?;
+        let mut gathered = out.part_mut(0..shared)?.into_data();
+        self.all_gather(dtype, normed.as_ref(), &mut gathered)?;
+        if shared == rows {
+            return Ok(());
+        }
+        let rest = shared..rows;
+        let mut left = x.part_mut(rest.clone())?.into_data();
+        P2pComm::all_reduce(self, dtype, &mut left)?;
+        let (from, to) = (x.part(rest.clone())?, out.part_mut(rest.clone())?);
+        backend.add_rms_norm_rows(from, bias, residual.part_mut(rest)?, weight, eps, to)
+    }
+
+    fn passing_columns(&self, cols: usize) -> Vec<usize> {
+        let ranks = P2pComm::world_size(self);
+        match self.rows_of_each(ranks) {
+            0 => Vec::new(),
+            // A rank's rows in whole are no more than all rows' share of the columns.
+            _ => vec![cols.div_ceil(ranks); 2],
+        }
     }
 
     fn all_gather_columns(
