@@ -90,6 +90,7 @@ fn bad_arguments_are_refused_with_the_remedy() {
         (&["--devices", "0,x"], "--devices"),
         (&["--tp", "0"], "1"),
         (&["--prompt", "3"], "--model"),
+        (&["--batch-invariant"], "--model"),
         (
             &["--model", &model(), "--sizes", "1K"],
             "cannot be used with",
@@ -180,6 +181,24 @@ mod on_devices {
                 assert!(number(copies, name) > 0, "{name} in {copies}");
             }
         }
+    }
+
+    #[test]
+    fn a_batch_invariant_step_has_one_kernel_for_products() {
+        let model = super::model();
+        let options = ["--batch-invariant", "--sequence-parallel"];
+        let Some(rows) = counted(&[&["--model", &model, "--prompt", "6"], &options[..]].concat())
+        else {
+            return;
+        };
+        let kernels: Vec<_> = rows
+            .iter()
+            .filter_map(|row| row["kernel"].as_str())
+            .collect();
+        let has = |name| kernels.iter().any(|kernel| kernel.starts_with(name));
+        assert!(has("gemm_many") && !has("gemm_few"), "{kernels:?}");
+        // Six rows are one for each of four ranks, and two for all.
+        assert!(has("reduce_scatter") && has("one_shot"), "{kernels:?}");
     }
 
     #[test]

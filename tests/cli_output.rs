@@ -40,7 +40,8 @@ fn help_names_every_option_and_the_exit_codes() {
     let help = run(&["generate", "--help"]);
     let options = "--model --prompt --ids --tp --dtype --max-tokens --temperature --top-k --top-p \
                    --min-p --repetition-penalty --stop --seed --ignore-eos --chat --threads \
-                   --max-model-len --all-reduce --max-batch-tokens --deadline --json";
+                   --max-model-len --all-reduce --tp-invariant --sequence-parallel --batch-invariant \
+                   --max-batch-tokens --deadline --json";
     for option in options.split_whitespace() {
         assert!(done(&help).contains(option), "{option} is not in the help");
     }

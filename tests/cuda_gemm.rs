@@ -40,6 +40,8 @@ struct Case {
     w: Vec<f32>,
     bias: Option<Vec<f32>>,
     residual: Option<Vec<f32>>,
+    /// Made as any number of rows is.
+    batch_invariant: bool,
 }
 
 impl Case {
@@ -66,6 +68,7 @@ impl Case {
             w,
             bias: random.flip().then_some(bias),
             residual: random.flip().then_some(residual),
+            batch_invariant: random.flip(),
         }
     }
 
@@ -115,7 +118,11 @@ impl Case {
             gate_up: self.gate_up,
             residual: residual.as_ref().map(Operand::rows),
         };
-        cuda::gemm(
+        let product = match self.batch_invariant {
+            true => cuda::gemm_batch_invariant,
+            false => cuda::gemm,
+        };
+        product(
             &gpu.kernels,
             &gpu.stream,
             x.rows(),
@@ -205,25 +212,27 @@ fn a_product_of_integers_is_exact_to_the_bit() {
     });
 }
 
-/// Neither the rows beside it nor strides and alignment change a bit of a row, within its class.
+/// Neither the rows beside it nor strides and alignment change a bit of a row, within its class; and
+/// in no class where products are batch invariant.
 #[test]
 fn a_rows_bits_do_not_depend_on_the_batch() {
     let Some(gpu) = Gpu::take() else { return };
-    cases(test_driver::cases_here(24), |random| {
-        let few = random.flip();
+    cases(test_driver::cases_here(36), |random| {
+        let (few, many) = (1..=GEMM_FEW_ROWS, GEMM_FEW_ROWS + 1..=usize::MAX);
+        let class = random.choose(&["few", "many", "any"]);
         let case = loop {
             let case = Case::random(random, Random::values);
-            let in_class = if few {
-                (2..=GEMM_FEW_ROWS).contains(&case.rows)
-            } else {
-                case.rows > GEMM_FEW_ROWS + 1
+            let in_class = match class {
+                "few" => few.contains(&case.rows),
+                "many" => many.contains(&case.rows),
+                _ => many.contains(&case.rows) && case.batch_invariant,
             };
-            if in_class && case.cols > 0 {
+            if in_class && case.rows > 1 && case.cols > 0 {
                 break case;
             }
         };
         let whole = case.run(&gpu, None);
-        let least = if few { 1 } else { GEMM_FEW_ROWS + 1 };
+        let least = if class == "many" { *many.start() } else { 1 };
         let first = random.below(case.rows - least + 1);
         let part = case.part(first..first + least);
         let width = case.width();
@@ -242,7 +251,7 @@ fn many_rows_have_the_bits_of_the_cpu_backend() {
     cases(test_driver::cases_here(100), |random| {
         let mut case = Case::random(random, Random::values);
         case.gate_up = false;
-        if case.rows <= GEMM_FEW_ROWS || case.dtype != DType::F32 {
+        if (case.rows <= GEMM_FEW_ROWS && !case.batch_invariant) || case.dtype != DType::F32 {
             return;
         }
         case.residual = None;
@@ -287,6 +296,7 @@ fn the_comparison_sees_exchanged_gate_and_up_another_weight_and_a_missing_bias()
         w: halves(320),
         bias: Some(halves(8)),
         residual: None,
+        batch_invariant: false,
     };
     let (value, error) = case.exact();
     let control = |case: &Case| within(&case.run(&gpu, None), &value, &error);

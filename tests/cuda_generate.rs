@@ -128,6 +128,7 @@ fn the_command_line_names_devices() {
         &["--device", "cuda", "--tp", "2"],
         &["--devices", "0,1", "--all-reduce", "two-shot"],
         &["--devices", "0,1", "--sequence-parallel"],
+        &["--devices", "0,1", "--batch-invariant"],
     ] {
         let cuda = run(more);
         assert_eq!(cuda.code, 0, "{more:?}: {}", cuda.stderr);
@@ -297,6 +298,14 @@ fn devices_that_cannot_be_are_errors_that_say_so() {
     };
     refused("one for each of 2 ranks", on(vec![0, 1, 2]));
     refused("CUDA device", on(vec![0, 999]));
+    refused(
+        "batch_invariant",
+        GroupOptions {
+            batch_invariant: true,
+            all_reduce: Some("ring".into()),
+            ..on(vec![0, 1])
+        },
+    );
     refused(
         "all_reduce: expected one of auto, one-shot, two-shot, ring, found \"tree\"",
         GroupOptions {

@@ -227,6 +227,34 @@ fn the_all_reduce_that_sums_in_rank_order_changes_no_bit() -> Result {
     Ok(())
 }
 
+/// What no batch can be to it is said, and where it is no matter nothing is refused.
+#[test]
+fn batch_invariant_refuses_the_ring_and_changes_nothing_else_on_the_cpu() -> Result {
+    let options = |all_reduce: &str, tp_invariant| GroupOptions {
+        tp: 2,
+        all_reduce: Some(all_reduce.into()),
+        tp_invariant,
+        batch_invariant: true,
+        num_blocks: Some(BLOCKS),
+        ..Default::default()
+    };
+    let expected = run(&mut group("gqa_8_2", 2, 1)?, &alone(), 0)?;
+    let found = run(&mut load("gqa_8_2", options("auto", false))?, &alone(), 0)?;
+    assert!(found == expected);
+    let error = load("gqa_8_2", options("ring", false)).expect_err("it rounds at each hop");
+    assert!(error.is_input(), "{error}");
+    for part in [
+        "batch_invariant",
+        "rank order",
+        "found ring",
+        "another all_reduce",
+    ] {
+        assert!(error.to_string().contains(part), "{part} in {error}");
+    }
+    load("gqa_8_2", options("ring", true))?;
+    Ok(())
+}
+
 /// Any way to cut the sequences into steps.
 fn any_schedule() -> impl Strategy<Value = Schedule> {
     let piece = (0..LENGTHS.len(), 1..17_usize);
@@ -463,4 +491,45 @@ fn one_bit_of_one_weight_changes_bits() -> Result {
         assert!(found != expected, "{weight}");
     }
     Ok(())
+}
+
+/// On devices a row's bits are the same among steps of few rows, and among those of more; with
+/// `batch_invariant` in all.
+#[cfg(feature = "cuda")]
+mod on_devices {
+    use super::{BLOCKS, GroupOptions, Result, Schedule, alone, chunked, load, mixed, run};
+
+    #[test]
+    fn with_batch_invariant_a_row_has_the_same_logits_alone_in_company_and_in_chunks() -> Result {
+        let Some(_driver) = test_driver::take() else {
+            return Ok(());
+        };
+        let [together, _, turning] = mixed();
+        let schedules = [turning, chunked(15), together];
+        for (name, tp) in [("gqa_8_2", 2), ("bf16", 1)] {
+            // Sequences of other bits than alone, over all of the schedules.
+            let differences = |batch_invariant, schedules: &[Schedule]| -> Result<usize> {
+                let options = GroupOptions {
+                    tp,
+                    devices: Some((0..tp).collect()),
+                    batch_invariant,
+                    num_blocks: Some(BLOCKS),
+                    ..Default::default()
+                };
+                let mut group = load(name, options)?;
+                let expected = run(&mut group, &alone(), 0)?;
+                let mut differ = 0;
+                for schedule in schedules {
+                    let found = run(&mut group, schedule, 1)?;
+                    let all = found.iter().zip(&expected);
+                    differ += all.filter(|(found, expected)| found != expected).count();
+                }
+                Ok(differ)
+            };
+            assert_eq!(differences(true, &schedules)?, 0, "{name}, tp {tp}");
+            // The control: steps of few rows are seen.
+            assert!(differences(false, &schedules[..1])? > 0, "{name}, tp {tp}");
+        }
+        Ok(())
+    }
 }

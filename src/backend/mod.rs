@@ -12,7 +12,8 @@
 //!   never host slices.
 //! - **Bits.** A row's result depends on that row's inputs alone: not on the other rows, nor
 //!   on the number of threads. (On CUDA, products of up to `cuda::GEMM_FEW_ROWS` rows sum in
-//!   another order than those of more: the bits of a row are the same within either class.)
+//!   another order than those of more: the bits of a row are the same within either class, and in
+//!   both with `CudaBackend::batch_invariant`.)
 //!
 //! Shapes are `[rows, cols]`; rows of activations are tokens.
 

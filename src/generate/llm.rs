@@ -73,6 +73,13 @@ impl LlmBuilder {
         self
     }
 
+    /// The bits of a row do not depend on its batch on devices either, for slower steps of few rows.
+    /// Off by default; on the CPU it changes nothing, but that the ring is refused as it is there.
+    pub fn batch_invariant(mut self, batch_invariant: bool) -> Self {
+        self.group.batch_invariant = batch_invariant;
+        self
+    }
+
     /// The same bits for any number of ranks, for about one and a half times the bytes between
     /// them. Off by default: then another `tp` rounds differently.
     pub fn tp_invariant(mut self, tp_invariant: bool) -> Self {

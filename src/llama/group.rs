@@ -14,7 +14,7 @@ use crate::backend::MemoryUse;
 use crate::checkpoint::Checkpoint;
 #[cfg(feature = "cuda")]
 use crate::comm::p2p::{self, P2pGroup, P2pOptions};
-use crate::comm::{self, AllReduce, CommError, CommStats, TensorComm};
+use crate::comm::{self, AllReduce, CommError, CommStats, Rounding, TensorComm};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layers::Partition;
@@ -45,6 +45,11 @@ pub struct GroupOptions {
     pub tp_invariant: bool,
     /// Each rank adds and normalises its part of the rows: see [`TensorComm::sequence_parallel`].
     pub sequence_parallel: bool,
+    /// The bits of a row do not depend on its batch on devices either, for slower steps of few rows:
+    /// by default they are the same among products of up to four rows, and among those of more. An
+    /// all-reduce that rounds at each hop cannot keep that: with one it is an error, unless
+    /// `tp_invariant` leaves it nothing to round. On the CPU it changes nothing else.
+    pub batch_invariant: bool,
     /// Longest sequence; by default, and at most, what the model was made for.
     pub max_model_len: Option<usize>,
     /// Positions in a block of the KV cache.
@@ -74,6 +79,7 @@ impl Default for GroupOptions {
             dtype: None,
             tp_invariant: false,
             sequence_parallel: false,
+            batch_invariant: false,
             max_model_len: None,
             block_size: 16,
             num_blocks: None,
@@ -180,6 +186,7 @@ impl Group {
             threads: (options.threads.unwrap_or(cores) / options.tp).max(1),
             dtype: options.dtype.unwrap_or(checkpoint.dtype()),
             tp_invariant: options.tp_invariant,
+            batch_invariant: options.batch_invariant,
             max_model_len: limits.max_model_len,
             num_blocks: limits.num_blocks,
             block_size: limits.block_size,
@@ -405,6 +412,10 @@ impl Group {
                 ..Default::default()
             };
             let (group, comms) = P2pGroup::new(devices, options)?;
+            if self.options.batch_invariant {
+                let algorithm = comms[0].choose(1)?;
+                self.check_batch_invariant(algorithm.name(), algorithm.rounding())?;
+            }
             self.p2p = Some(group);
             Ok(comms
                 .into_iter()
@@ -457,8 +468,31 @@ impl Group {
         })
     }
 
+    /// Whether an all-reduce keeps what `batch_invariant` promises. One that rounds at each hop adds
+    /// in an order that depends on where in the message a row is. Where activations are gathered,
+    /// only embeddings are summed, of which one rank's is not zero.
+    fn check_batch_invariant(&self, name: &str, rounding: Rounding) -> Result<()> {
+        let GroupOptions {
+            tp,
+            tp_invariant,
+            batch_invariant,
+            ..
+        } = self.options;
+        if !batch_invariant || tp_invariant || tp == 1 || rounding == Rounding::RankOrder {
+            return Ok(());
+        }
+        Err(Error::input(
+            "batch_invariant",
+            "an all-reduce that sums in rank order",
+            format_args!("{name}, whose sums depend on where in its batch a row is"),
+            "name another all_reduce, or none on devices that all reach each other; or set \
+             tp_invariant",
+        ))
+    }
+
     fn communicators(&self) -> Result<Vec<TensorComm>> {
         let algorithm = self.all_reduce()?;
+        self.check_batch_invariant(algorithm.name(), algorithm.rounding())?;
         let options = comm::GroupOptions {
             deadline: self.options.deadline,
             ..Default::default()

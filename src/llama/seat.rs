@@ -58,7 +58,9 @@ impl Member for P2pComm {
     type Backend = CudaBackend;
 
     fn backend(&self, setup: &Setup) -> Result<CudaBackend> {
-        CudaBackend::with_kernels(self.stream().clone(), self.kernels(), setup.dtype)
+        let backend =
+            CudaBackend::with_kernels(self.stream().clone(), self.kernels(), setup.dtype)?;
+        Ok(backend.batch_invariant(setup.batch_invariant))
     }
 
     fn stats(&self) -> CommStats {

@@ -63,6 +63,8 @@ pub(super) struct Setup {
     pub(super) threads: usize,
     pub(super) dtype: DType,
     pub(super) tp_invariant: bool,
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "for devices"))]
+    pub(super) batch_invariant: bool,
     pub(super) max_model_len: usize,
     pub(super) num_blocks: usize,
     pub(super) block_size: usize,

@@ -47,6 +47,7 @@ pub struct CudaBackend {
     weights: DevicePool,
     kernels: Kernels,
     dtype: DType,
+    batch_invariant: bool,
     scratch: AttentionScratch,
     /// For weights; made with the first.
     staging: Option<Staging>,
@@ -124,10 +125,19 @@ impl CudaBackend {
             passing,
             kernels,
             dtype,
+            batch_invariant: false,
             scratch,
             staging: None,
             records: Room::default(),
         })
+    }
+
+    /// Whether products of few rows are made as those of many are: slower, but then a row's bits are
+    /// the same in every batch. All else is so anyway. Off by default.
+    #[must_use]
+    pub fn batch_invariant(mut self, on: bool) -> Self {
+        self.batch_invariant = on;
+        self
     }
 
     /// The stream of all work.
@@ -408,8 +418,12 @@ impl Backend for CudaBackend {
             gate_up: w.layout() == Layout::GateUp,
             residual: epilogue.residual.map(CudaTensor::rows).transpose()?,
         };
+        let product = match self.batch_invariant {
+            true => super::gemm_batch_invariant,
+            false => super::gemm,
+        };
         let (kernels, stream) = (&self.kernels, &self.stream);
-        super::gemm(
+        product(
             kernels,
             stream,
             x.rows()?,

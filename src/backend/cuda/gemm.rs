@@ -35,12 +35,11 @@ pub struct GemmEpilogue<'a> {
     pub residual: Option<Rows<'a>>,
 }
 
-/// `out = x wᵀ` and the epilogue: `[rows, cols]` of x `[rows, depth]` and w `[cols, depth]`, or
-/// `[rows, cols / 2]` with [`GemmEpilogue::gate_up`]. x and w are of one type, the output of that
-/// type or f32. Sums and the epilogue are in f32 and round once.
+/// As [`gemm_batch_invariant`], for few rows by the faster kernel: the bits of a row are the same in
+/// every batch on the same side of [`GEMM_FEW_ROWS`].
 ///
 /// # Errors
-/// [`Error::Shape`] if the operands do not fit each other; [`Error::Driver`].
+/// As [`gemm_batch_invariant`].
 pub fn gemm(
     kernels: &Kernels,
     stream: &Stream,
@@ -48,6 +47,38 @@ pub fn gemm(
     w: Rows<'_>,
     epilogue: GemmEpilogue<'_>,
     out: RowsMut<'_>,
+) -> Result<()> {
+    let few = x.layout().rows <= GEMM_FEW_ROWS;
+    product(kernels, stream, x, w, epilogue, out, few)
+}
+
+/// `out = x wᵀ` and the epilogue: `[rows, cols]` of x `[rows, depth]` and w `[cols, depth]`, or
+/// `[rows, cols / 2]` with [`GemmEpilogue::gate_up`]. x and w are of one type, the output of that
+/// type or f32. Sums and the epilogue are in f32 and round once. The bits of a row are the same in
+/// every batch: it is the kernel for many rows, however few there are.
+///
+/// # Errors
+/// [`Error::Shape`] if the operands do not fit each other; [`Error::Driver`].
+pub fn gemm_batch_invariant(
+    kernels: &Kernels,
+    stream: &Stream,
+    x: Rows<'_>,
+    w: Rows<'_>,
+    epilogue: GemmEpilogue<'_>,
+    out: RowsMut<'_>,
+) -> Result<()> {
+    product(kernels, stream, x, w, epilogue, out, false)
+}
+
+/// The product, by the kernel for `few` rows or for many.
+fn product(
+    kernels: &Kernels,
+    stream: &Stream,
+    x: Rows<'_>,
+    w: Rows<'_>,
+    epilogue: GemmEpilogue<'_>,
+    out: RowsMut<'_>,
+    few: bool,
 ) -> Result<()> {
     let (x_layout, w_layout, to) = (*x.layout(), *w.layout(), *out.layout());
     let width = check(&x_layout, &w_layout, epilogue.gate_up, &to)?;
@@ -93,7 +124,7 @@ pub fn gemm(
         out_aligned: aligned(&to, out.address())
             & residual.map_or(1, |r| aligned(r.layout(), r.address())),
     };
-    let (kind, shape) = if rows <= abi::kGemmFewRows {
+    let (kind, shape) = if few {
         let blocks = cols.div_ceil(abi::kGemmFewCols);
         ("few", Launch::linear(blocks, abi::kGemmFewThreads))
     } else {

@@ -78,7 +78,7 @@ pub use context::{Context, DeviceAttribute, Entered, Limits, P2pAttribute};
 pub use counters::Counters;
 pub use event::Event;
 pub use families::families;
-pub use gemm::{GEMM_FEW_ROWS, GemmEpilogue, gemm, gemm_work};
+pub use gemm::{GEMM_FEW_ROWS, GemmEpilogue, gemm, gemm_batch_invariant, gemm_work};
 pub use graph::Graph;
 pub use kv::{CudaKvPages, KvLayer, KvLayerMut};
 pub use launch::Launch;

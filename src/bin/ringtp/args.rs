@@ -42,7 +42,7 @@ pub(crate) enum Command {
 /// One prompt is streamed as it is generated; of several, each is printed when it is done.
 /// Where neither the command line nor the model's generation_config.json asks for sampling,
 /// the most probable token is taken. The tokens of a prompt do not depend on the other
-/// prompts, on --max-batch-tokens or on --threads. At the end standard error gets the speed
+/// prompts, on --max-batch-tokens or on --threads (on devices: with --batch-invariant). At the end standard error gets the speed
 /// of prefill and decode, the time in collectives, and each rank's memory by what it is for.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
@@ -151,6 +151,9 @@ pub(crate) struct ModelArgs {
     /// Each rank adds and normalises its part of the rows; the same bits and bytes
     #[arg(long, help_heading = "Execution")]
     pub(crate) sequence_parallel: bool,
+    /// The same bits whatever else is in a step, on devices too, where steps of few rows get slower
+    #[arg(long, help_heading = "Execution")]
+    pub(crate) batch_invariant: bool,
     /// How many seconds a rank waits for another before all give up [default: the library's]
     #[arg(long, allow_negative_numbers = true, value_name = "SECONDS", value_parser = deadline, help_heading = "Execution")]
     pub(crate) deadline: Option<Duration>,
@@ -182,6 +185,7 @@ impl ModelArgs {
             .dtype(self.dtype.0)
             .tp_invariant(self.tp_invariant)
             .sequence_parallel(self.sequence_parallel)
+            .batch_invariant(self.batch_invariant)
             .threads(self.threads)
             .max_model_len(self.max_model_len)
             .all_reduce(self.all_reduce.clone());
@@ -488,6 +492,12 @@ pub(crate) struct BenchArgs {
     /// One all-reduce by name [default: every one]
     #[arg(long, value_name = "NAME")]
     pub(crate) all_reduce: Option<String>,
+    /// Each rank adds and normalises its part of the rows of a model's step
+    #[arg(long, requires = "model")]
+    pub(crate) sequence_parallel: bool,
+    /// The same bits whatever else is in a model's step, on devices too
+    #[arg(long, requires = "model")]
+    pub(crate) batch_invariant: bool,
     /// Print one JSON object a line
     #[arg(long)]
     pub(crate) json: bool,

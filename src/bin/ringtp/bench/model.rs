@@ -62,6 +62,8 @@ pub(super) fn run(args: &BenchArgs, dir: &std::path::Path) -> Result<(), Failure
         .devices(devices.clone())
         .dtype(args.dtype)
         .all_reduce(args.all_reduce.clone())
+        .sequence_parallel(args.sequence_parallel)
+        .batch_invariant(args.batch_invariant)
         .num_blocks(blocks.max(1));
     let (bar, builder) = LoadBar::new(builder);
     let model = builder.open()?;
