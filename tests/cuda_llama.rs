@@ -79,25 +79,30 @@ fn table(positions: usize) -> Vec<u32> {
 /// As an engine with threads of its own would: `Model::forward` on every rank.
 fn on_devices(checkpoint: &Checkpoint, ids: &[u32], tp: usize, dtype: DType) -> Vec<Run> {
     let (_group, comms) = p2p_support::group(tp, p2p_support::options());
+    let options = options(dtype);
     p2p_support::run(comms, |rank| {
-        run_rank(checkpoint, ids, &mut rank.comm, dtype).expect("a rank runs")
+        run_rank(checkpoint, ids, &mut rank.comm, options).expect("a rank runs")
     })
+}
+
+fn options(dtype: DType) -> LoadOptions {
+    LoadOptions {
+        dtype,
+        tp_invariant: false,
+    }
 }
 
 fn run_rank(
     checkpoint: &Checkpoint,
     ids: &[u32],
     comm: &mut P2pComm,
-    dtype: DType,
+    options: LoadOptions,
 ) -> ringtp::Result<Run> {
+    let dtype = options.dtype;
     let mut backend = CudaBackend::new(comm.stream().clone(), dtype)?;
     let mut rank = Rank {
         backend: &mut backend,
         comm,
-    };
-    let options = LoadOptions {
-        dtype,
-        tp_invariant: false,
     };
     let mut model = Model::load(&mut rank, checkpoint, options, &|_| {})?;
     let table = table(ids.len() + STEPS);
@@ -266,6 +271,38 @@ fn in_bf16_and_f16_errors_are_at_most_twice_those_of_transformers_and_ids_the_sa
     Ok(())
 }
 
+/// As on the CPU; and without it another number of ranks rounds differently.
+#[test]
+fn tp_invariant_gives_the_bits_of_one_rank() -> Result {
+    let Some(_driver) = test_driver::take() else {
+        return Ok(());
+    };
+    for (name, tp, dtype) in [
+        ("biases_tied", 2, DType::F32),
+        ("odd_sizes", 3, DType::F32),
+        ("bf16", 3, DType::Bf16),
+    ] {
+        let checkpoint = open(name)?;
+        let ids = &prompt(name)?[..5];
+        let run = |tp, tp_invariant| {
+            let options = LoadOptions {
+                dtype,
+                tp_invariant,
+            };
+            let (_group, comms) = p2p_support::group(tp, p2p_support::options());
+            p2p_support::run(comms, |rank| {
+                run_rank(&checkpoint, ids, &mut rank.comm, options).expect("a rank runs")
+            })
+        };
+        let one = run(1, false).swap_remove(0);
+        for run in run(tp, true) {
+            assert!(run == one, "{name}, tp {tp}");
+        }
+        assert!(run(tp, false)[0].logits != one.logits, "{name}, tp {tp}");
+    }
+    Ok(())
+}
+
 /// Rows that can be shared out equally and that cannot, fewer than ranks, and one: of a rank's own
 /// it makes the sums and norms, another way, and all have the same bits.
 #[test]
@@ -290,8 +327,8 @@ fn sequence_parallel_changes_no_bit() -> Result {
             };
             let (_group, comms) = p2p_support::group(tp, options);
             p2p_support::run(comms, |rank| {
-                let run = run_rank(&checkpoint, ids, &mut rank.comm, dtype).expect("a rank runs");
-                (run, rank.comm.stats().calls)
+                let run = run_rank(&checkpoint, ids, &mut rank.comm, self::options(dtype));
+                (run.expect("a rank runs"), rank.comm.stats().calls)
             })
         };
         let (plain, parallel) = (run(false), run(true));
@@ -374,11 +411,7 @@ fn weights_of_another_type_and_a_cache_that_does_not_fit_are_errors_that_say_so(
             comm: &mut rank.comm,
         };
         let load = |rank: &mut Rank<'_, _, _>, dtype| {
-            let options = LoadOptions {
-                dtype,
-                tp_invariant: false,
-            };
-            Model::load(rank, &checkpoint, options, &|_| {})
+            Model::load(rank, &checkpoint, options(dtype), &|_| {})
         };
         let error = load(&mut rank, DType::F32).expect_err("activations are bf16");
         assert!(error.to_string().contains("type of the weights"), "{error}");
