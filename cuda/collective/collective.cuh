@@ -201,8 +201,9 @@ struct Collective {
         return generation_and_tag >> kGenerationShift;
     }
 
+    // A generation is never 0, so neither is a word that was raised in this one.
     __device__ __forceinline__ bool is_raised(uint64_t word) const {
-        return word != 0 && word >> kGenerationShift == generation();
+        return word >> kGenerationShift == generation();
     }
 
     enum class Seen { kNotYet, kReached, kOtherCall, kLaterGeneration };
