@@ -41,7 +41,7 @@ fn parts(kernel: &str) -> (&str, usize) {
 }
 
 /// A number that follows from the text alone, whatever the version of Rust: FNV-1a.
-fn lot(text: &str) -> u64 {
+pub(crate) fn lot(text: &str) -> u64 {
     let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
     text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
 }

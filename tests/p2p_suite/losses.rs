@@ -58,14 +58,19 @@ fn wide_call(target: &Target, n: usize, bytes: usize, size: usize) -> Call {
     call(target, n, (least + bytes) * stretches(target, n), size)
 }
 
-/// Calls of all ranks, with messages of ones.
+/// What a rank brings, in each element.
+fn brought<T: Element>(rank: &Rank) -> T {
+    T::from_f32(1.0 + rank.comm.rank() as f32)
+}
+
+/// Calls of all ranks, with messages that differ from rank to rank.
 pub(super) fn prepared<T: Element>(
     ranks: &[Rank],
     call: &Call,
     times: usize,
 ) -> Vec<Vec<(Message, Message)>> {
     let of = |rank: &Rank| {
-        let message = vec![T::from_f32(1.0); call.input(rank.comm.rank())];
+        let message = vec![brought::<T>(rank); call.input(rank.comm.rank())];
         (0..times)
             .map(|_| prepare(rank, call, &message, 0))
             .collect()
@@ -75,12 +80,24 @@ pub(super) fn prepared<T: Element>(
 
 /// Whether a rank has no result, though it may have brought something that is replaced by one.
 fn is_untouched<T: Element>(rank: &Rank, call: &Call, memory: &(Message, Message)) -> bool {
+    is_untouched_but::<T>(0..0, rank, call, memory)
+}
+
+/// The same, but for some elements.
+pub(super) fn is_untouched_but<T: Element>(
+    some: Range<usize>,
+    rank: &Rank,
+    call: &Call,
+    memory: &(Message, Message),
+) -> bool {
     let (input, output) = memory;
-    if call.replaces() {
-        let ones = T::from_f32(1.0);
-        return rank.values::<T>(input).iter().all(|v| same(v, &ones));
-    }
-    rank.values::<T>(output).iter().all(|v| v.to_f32().is_nan())
+    let values = rank.values::<T>(if call.replaces() { input } else { output });
+    let brought = brought::<T>(rank);
+    let mut others = values.iter().enumerate().filter(|(i, _)| !some.contains(i));
+    others.all(|(_, value)| match call.replaces() {
+        true => same(value, &brought),
+        false => value.to_f32().is_nan(),
+    })
 }
 
 /// A rank does not come in time: the others leave, say who it was, and write nothing. When it
@@ -248,11 +265,12 @@ fn left_behind<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Out
     // Generations are counted in 16 bits: half of them are ahead of each.
     let by = [1, 0x7fff, 0x8000][seed as usize % 3];
     let first = [0, 0xfffe][seed as usize / 3 % 2];
-    let ahead = |rank: usize| first + by * (rank % 2) as u64;
+    let parity = seed as usize / 6;
+    let ahead = |rank: usize| first + by * ((rank + parity) % 2) as u64;
     // As the crate counts them: from 1 to 0xffff, and again.
     let generation = |rank: usize| (ahead(rank) % 0xffff + 1) as u16;
     let options = P2pOptions {
-        deadline: Duration::from_millis(20),
+        deadline: Duration::from_millis(2),
         ahead: (0..n).map(ahead).collect(),
         ..options()
     };
@@ -282,6 +300,7 @@ fn left_behind<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Out
         }
     }
     for (rank, memory) in ranks.iter().zip(&memory) {
+        rank.comm.stream().synchronize().map_err(words)?;
         if !target.is_ring() && !is_untouched::<T>(rank, &call, &memory[0]) {
             return Err("a rank wrote output".into());
         }
@@ -324,7 +343,7 @@ fn leaves<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Outcome 
     for rank in 0..n {
         // The others have waited long enough to look at the flag but once between two looks at the
         // word that says that its writer has left.
-        for _ in 0..12 * usize::from(rank == gone) {
+        for _ in 0..3 * usize::from(rank == gone) {
             ranks[0].comm.stream().is_idle().map_err(words)?;
         }
         put::<T>(&mut ranks[rank], &call, &mut memory[rank][0])?;
@@ -345,11 +364,12 @@ fn leaves<T: Element>(party: &Party<'_>, target: &Target, seed: u64) -> Outcome 
         }
     }
     for (index, (rank, memory)) in ranks.iter().zip(&memory).enumerate() {
+        rank.comm.stream().synchronize().map_err(words)?;
         let [first, second] = &memory[..] else {
             return Err("two calls were prepared".into());
         };
-        // Ones were brought: a broadcast leaves them as they are.
-        let done = call.replaces() || !is_untouched::<T>(rank, &call, first);
+        let brings_the_result = call.replaces() && index == call.root;
+        let done = brings_the_result || !is_untouched::<T>(rank, &call, first);
         if !done {
             return Err(format!("rank {index} has no result of what all called"));
         }

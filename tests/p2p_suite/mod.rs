@@ -5,15 +5,19 @@
 //! small blocks, so that short messages have several blocks and passes.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+mod flags;
+mod hosts;
 mod losses;
 mod operation;
 mod probe;
+mod raised;
 mod stops;
 mod sums;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ringtp::backend::cuda::{Context, Family, Kernels, Stream, families, fatbins};
 use ringtp::comm::CommError;
@@ -112,7 +116,11 @@ impl Devices {
     fn make(&self, suite: &mut Suite, code: Code<'_>, most: usize) -> Result<u32, (String, u32)> {
         let party = self.party(code).map_err(|how| (how, 0))?;
         for (index, run) in suite.runs.iter().enumerate().take(most) {
-            if let Err(how) = run.on(&party) {
+            let begin = Instant::now();
+            let outcome = run.on(&party);
+            let (runs, took) = suite.spent.entry(run.name).or_default();
+            (*runs, *took) = (*runs + 1, *took + begin.elapsed());
+            if let Err(how) = outcome {
                 suite.runs[..=index].rotate_right(1);
                 return Err((how, index as u32 + 1));
             }
@@ -156,6 +164,8 @@ impl Run {
 /// the next fault is often one beside it.
 pub(crate) struct Suite {
     runs: Vec<Run>,
+    /// Of each scenario how often it ran, and for how long in all.
+    pub(crate) spent: BTreeMap<&'static str, (u32, Duration)>,
 }
 
 impl Suite {
@@ -170,6 +180,7 @@ impl Suite {
         let runs = seeds.flat_map(|seed| target.scenarios().into_iter().map(move |s| run(seed, s)));
         Self {
             runs: runs.collect(),
+            spent: BTreeMap::new(),
         }
     }
 
@@ -183,6 +194,7 @@ impl Suite {
         });
         Self {
             runs: runs.collect(),
+            spent: BTreeMap::new(),
         }
     }
 }
@@ -255,6 +267,11 @@ impl Party<'_> {
         self.driver.explore(seed, n.min(self.kernels.len()) as u32);
         Ok((group, ranks))
     }
+}
+
+/// Another seed, with which the virtual GPU reads the oldest values that it may.
+fn with_oldest_values(seed: u64) -> u64 {
+    9 * seed + 6 + seed % 3
 }
 
 /// Options of the suite's groups.

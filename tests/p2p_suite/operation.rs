@@ -8,7 +8,7 @@ use ringtp::comm::p2p::{DeviceAllReduce, OneShot, P2pComm, Ring, TwoShot};
 use ringtp::comm::part;
 use ringtp::dtype::Element;
 
-use super::{Scenario, losses, stops, sums, wire};
+use super::{Scenario, losses, raised, stops, sums, wire};
 use crate::p2p_support::{ring_parts, ring_sum, sum};
 
 /// A collective.
@@ -92,6 +92,15 @@ impl Target {
         self.order == Order::Ring
     }
 
+    /// Whether a rank waits for all others twice a pass.
+    pub(super) fn has_two_barriers(&self) -> bool {
+        match self.operation {
+            Operation::AllReduce(algorithm) => algorithm.name() == "two-shot",
+            Operation::Broadcast { in_parts } => in_parts,
+            _ => false,
+        }
+    }
+
     pub(super) fn scenarios(&self) -> Vec<(&'static str, Scenario)> {
         let mut all: Vec<(&'static str, Scenario)> = vec![
             ("calls back to back", sums::back_to_back),
@@ -105,16 +114,19 @@ impl Target {
             ("a rank left behind", losses::a_rank_left_behind),
             ("a rank that leaves", losses::a_rank_that_leaves),
         ];
-        let has_two_barriers = match self.operation {
-            Operation::AllReduce(algorithm) => algorithm.name() == "two-shot",
-            Operation::Broadcast { in_parts } => in_parts,
-            _ => false,
-        };
+        let a_rank_that_has_left: Scenario = stops::a_rank_that_has_left;
         let at_a_barrier: Scenario = stops::at_a_barrier;
         let at_the_second: Scenario = stops::at_the_second_barrier;
+        let a_raised_word: Scenario = raised::a_raised_word;
+        let before_the_total: Scenario = stops::before_the_total;
         let before_a_message: Scenario = stops::before_a_message;
         let before_it_frees_a_slot: Scenario = stops::before_it_frees_a_slot;
+        // Columns go around the ring in as many calls as they need; each is one of whole rows.
+        if !(self.is_ring() && matches!(self.operation, Operation::Columns)) {
+            all.push(("a rank that has left", a_rank_that_has_left));
+        }
         match self.order {
+            Order::Ring if matches!(self.operation, Operation::Columns) => {}
             Order::Ring => all.extend([
                 ("stopped at a barrier", at_a_barrier),
                 ("stopped before a message", before_a_message),
@@ -122,12 +134,16 @@ impl Target {
             ]),
             Order::Ranks => {
                 all.push(("stopped at a barrier", at_a_barrier));
-                if has_two_barriers {
+                if self.has_two_barriers() {
                     all.push(("stopped at the second barrier", at_the_second));
+                    all.push(("a raised word", a_raised_word));
                 }
             }
-            // Nobody waits for all others.
-            Order::Tree => {}
+            // A leaf waits for its parent, and nobody for all others.
+            Order::Tree => all.extend([
+                ("stopped at a barrier", at_a_barrier),
+                ("stopped before the total", before_the_total),
+            ]),
         }
         all
     }

@@ -2,7 +2,7 @@
 
 use ringtp::dtype::Element;
 
-use super::operation::{Call, for_type};
+use super::operation::{Call, Operation, for_type};
 use super::{Outcome, Party, Target, options, words};
 use crate::p2p_support::random::Random;
 use crate::p2p_support::{Message, Rank, same};
@@ -14,7 +14,12 @@ const RING_BYTES: [usize; 5] = [2, 1300, 40, 6000, 16];
 
 /// Ranks of the groups.
 fn groups(target: &Target) -> &'static [usize] {
-    if target.is_ring() { &[4, 6] } else { &[3, 2] }
+    match target.operation {
+        _ if target.is_ring() => &[4, 6],
+        // With one reader there are no parts.
+        Operation::Broadcast { in_parts: true } => &[3, 4],
+        _ => &[3, 2],
+    }
 }
 
 /// See the module.
