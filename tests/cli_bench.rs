@@ -110,15 +110,19 @@ fn bad_arguments_are_refused_with_the_remedy() {
 mod on_devices {
     use super::{Value, rows};
 
-    /// Rows of a bench of four ranks, unless the driver is one that takes the time.
-    fn counted(args: &[&str]) -> Option<Vec<Value>> {
+    /// Rows of a bench of so many ranks, unless the driver is one that takes the time.
+    fn counted(ranks: usize, args: &[&str]) -> Option<Vec<Value>> {
         let _driver = test_driver::take()?;
         if !test_driver::is_virtual() {
             test_driver::skipped("a real driver does not count");
             return None;
         }
         Some(rows(
-            &[args, &["--device", "cuda", "--tp", "4", "--json"]].concat(),
+            &[
+                args,
+                &["--device", "cuda", "--tp", &ranks.to_string(), "--json"],
+            ]
+            .concat(),
         ))
     }
 
@@ -134,7 +138,7 @@ mod on_devices {
 
     #[test]
     fn the_bytes_over_links_are_those_of_the_formula() {
-        let Some(rows) = counted(&["all-reduce", "--sizes", "48K"]) else {
+        let Some(rows) = counted(4, &["all-reduce", "--sizes", "48K"]) else {
             return;
         };
         let names: Vec<_> = rows.iter().map(|row| row["algorithm"].clone()).collect();
@@ -154,7 +158,7 @@ mod on_devices {
 
     #[test]
     fn what_a_step_of_a_model_does_is_counted() {
-        let Some(rows) = counted(&["--model", &super::model(), "--prompt", "6"]) else {
+        let Some(rows) = counted(4, &["--model", &super::model(), "--prompt", "6"]) else {
             return;
         };
         for (part, tokens) in [("prefill", 6), ("decode", 1)] {
@@ -187,8 +191,10 @@ mod on_devices {
     fn a_batch_invariant_step_has_one_kernel_for_products() {
         let model = super::model();
         let options = ["--batch-invariant", "--sequence-parallel"];
-        let Some(rows) = counted(&[&["--model", &model, "--prompt", "6"], &options[..]].concat())
-        else {
+        let Some(rows) = counted(
+            2,
+            &[&["--model", &model, "--prompt", "5"], &options[..]].concat(),
+        ) else {
             return;
         };
         let kernels: Vec<_> = rows
@@ -197,7 +203,7 @@ mod on_devices {
             .collect();
         let has = |name| kernels.iter().any(|kernel| kernel.starts_with(name));
         assert!(has("gemm_many") && !has("gemm_few"), "{kernels:?}");
-        // Six rows are one for each of four ranks, and two for all.
+        // Five rows are two for each of two ranks, and one for both.
         assert!(has("reduce_scatter") && has("one_shot"), "{kernels:?}");
     }
 
@@ -208,7 +214,7 @@ mod on_devices {
             ("all-gather", 3 * (24 << 10)),
             ("broadcast", 3 * (24 << 10)),
         ] {
-            let Some(rows) = counted(&[operation, "--sizes", "24K"]) else {
+            let Some(rows) = counted(4, &[operation, "--sizes", "24K"]) else {
                 return;
             };
             assert_eq!(rows.len(), 1);
