@@ -2,7 +2,8 @@
 //! of accesses in PTX, and here it is seen that the machine code keeps it.
 //!
 //! For every kernel of `cuda/collective` on every architecture:
-//! - flags are stored and polled by strong accesses at system scope, of one word;
+//! - flags are stored and polled by strong accesses at system scope, of one word (of the abort word,
+//!   which orders nothing, perhaps only the half with the generation);
 //! - a membar at system scope stands directly before each releasing store, and the first-level
 //!   cache is emptied directly after each acquiring load, on all ways through the kernel;
 //! - every access to memory stands between the same barriers, polls and flags as in the PTX: no
@@ -156,7 +157,10 @@ fn flags(code: &Kernel, wrappers: &Wrappers) -> Vec<String> {
         let is_flag = ["release", "acquire", "relaxed"]
             .iter()
             .any(|o| name.contains(o));
-        if is_flag && !(is_strong(statement) && statement.has("64")) {
+        // Of a word that orders nothing the compiler may load the half that is looked at: the word is
+        // stored at once, so the half is that of some whole word.
+        let is_whole = statement.has("64") || name == "ld_relaxed_sys";
+        if is_flag && !(is_strong(statement) && is_whole) {
             faults.push(at_place(
                 "a flag, and not strong at system scope",
                 statement,

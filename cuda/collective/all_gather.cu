@@ -38,6 +38,7 @@ __device__ __forceinline__ void place(const CollectiveArgs &args, uint64_t colum
 
 template <typename T> __device__ __forceinline__ void all_gather(const CollectiveArgs &args) {
     Collective c(args);
+    if (!c.begin()) return;
     uint64_t total = 0, longest = 0;
     for (uint32_t peer = 0; peer < c.world_size; ++peer) {
         total += args.widths[peer];

@@ -36,6 +36,7 @@ __device__ __forceinline__ void fetch(const CollectiveArgs &args, uint64_t from,
 
 template <typename T> __device__ __forceinline__ void broadcast(const CollectiveArgs &args) {
     Collective c(args);
+    if (!c.begin()) return;
     const uint64_t packs = packs_of<T>(args.elements);
     for (uint64_t first = 0; first < packs; first += c.staging_packs()) {
         const uint64_t end = min(packs, first + c.staging_packs());
@@ -49,6 +50,7 @@ template <typename T> __device__ __forceinline__ void broadcast(const Collective
 
 template <typename T> __device__ __forceinline__ void broadcast_parts(const CollectiveArgs &args) {
     Collective c(args);
+    if (!c.begin()) return;
     const uint64_t packs = packs_of<T>(args.elements);
     const uint32_t readers = c.world_size - 1;
     // The ranks behind the root are the readers 0, 1, ...; the root would be the one after them.

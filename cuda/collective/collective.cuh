@@ -3,6 +3,7 @@
 // A collective in a few lines (see one_shot.cu):
 //
 //     Collective c(args);
+//     if (!c.begin()) return;              // somebody was lost before
 //     ...                                  // write to c.staging(c.rank)
 //     if (!c.barrier()) return;            // all ranks have written; false: somebody is lost
 //     ...                                  // read c.staging(peer), write the output
@@ -55,6 +56,10 @@
 // the group is rebuilt: later collectives see it in their first barrier and leave at once, so that
 // a captured step of many costs one deadline. A peer may have finished this collective; none
 // finishes the next.
+//
+// A peer may also be through the barrier of this collective, and still be reading. Its epoch is that
+// of the calls after it, and so is its staging buffer: so a rank that has given up stages nothing
+// more (`begin`). A rank that has not, and only finds the word raised, has done with every call before.
 #pragma once
 
 #include "../ptx/memory.cuh"
@@ -116,6 +121,14 @@ struct Collective {
     // Packs of a staging buffer and of the result buffer: what a pass can take.
     __device__ __forceinline__ uint64_t staging_packs() const {
         return mine->control.staging_bytes / 16;
+    }
+
+    // Whether this rank has given up no call before this one. Every thread calls it, before anything
+    // is written that peers read. False, for all threads: leave; the record is there already.
+    __device__ __forceinline__ bool begin() const {
+        // Of an earlier kernel, or of another block of this one, whose peers' blocks hear of it.
+        const bool gave_up = threadIdx.x == 0 && ptx::ld_relaxed_gpu(&mine->recorded) != 0;
+        return !__syncthreads_or(gave_up);
     }
 
     // Waits until every rank's block is here. Every thread calls it; `stage` (0 or 1) counts the
@@ -283,7 +296,7 @@ struct Collective {
 // The kernels NAME_f32, NAME_bf16 and NAME_f16 of a template `collective::NAME`.
 #define RINGTP_COLLECTIVE(NAME)                                                                    \
     RINGTP_COLLECTIVE_OF(NAME, f32, float)                                                         \
-    RINGTP_COLLECTIVE_OF(NAME, bf16, bf16)                                                \
+    RINGTP_COLLECTIVE_OF(NAME, bf16, bf16)                                                         \
     RINGTP_COLLECTIVE_OF(NAME, f16, f16)
 
 // One kernel: NAME_SUFFIX, of `collective::NAME<TYPE>`.

@@ -13,6 +13,7 @@ namespace collective {
 
 template <typename T> __device__ __forceinline__ void one_shot(const CollectiveArgs &args) {
     Collective c(args);
+    if (!c.begin()) return;
     const uint64_t packs = packs_of<T>(args.elements);
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
     const uint32_t threads = gridDim.x * blockDim.x;

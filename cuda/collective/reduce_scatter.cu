@@ -13,6 +13,7 @@ namespace collective {
 
 template <typename T> __device__ __forceinline__ void reduce_scatter(const CollectiveArgs &args) {
     Collective c(args);
+    if (!c.begin()) return;
     const Part own(args.elements, c.world_size, c.rank);
     // Of the longest part: every rank goes through as many passes.
     const uint64_t packs = packs_of<T>(Part(args.elements, c.world_size, 0).count);

@@ -25,6 +25,7 @@ constexpr uint64_t kDirect = 1;
 template <typename T> __device__ __forceinline__ void two_shot(const CollectiveArgs &args) {
     __shared__ const uint4 *sources[kMaxRanks];
     Collective c(args);
+    if (!c.begin()) return;
     const uint64_t packs = packs_of<T>(args.elements);
     const Part own(packs, c.world_size, c.rank);
     // Packs of each part that a pass takes. The longest part has the most passes; all make them.

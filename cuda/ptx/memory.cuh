@@ -101,6 +101,16 @@ __device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t *address) {
     return value;
 }
 
+// ld.relaxed.gpu: the same, of what this device alone writes.
+__device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t *address) {
+    uint64_t value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+                 : "=l"(value)
+                 : "l"(__cvta_generic_to_global(address))
+                 : "memory");
+    return value;
+}
+
 // st.release.sys: a strong store, after everything that this thread knows of.
 __device__ __forceinline__ void st_release_sys(uint64_t *address, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;"

@@ -25,6 +25,7 @@ namespace collective {
 
 template <typename T> __device__ __forceinline__ void tree(const CollectiveArgs &args) {
     Collective c(args);
+    if (!c.begin()) return;
     const uint32_t left = 2 * c.rank + 1, right = left + 1, up = (c.rank - 1) / 2;
     const bool has_left = left < c.world_size, has_right = right < c.world_size;
     const uint32_t children = (has_left ? 1u << left : 0) | (has_right ? 1u << right : 0);

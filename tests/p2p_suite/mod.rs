@@ -5,6 +5,7 @@
 //! small blocks, so that short messages have several blocks and passes.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+mod again;
 mod flags;
 mod hosts;
 mod losses;

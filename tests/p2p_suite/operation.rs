@@ -8,7 +8,7 @@ use ringtp::comm::p2p::{DeviceAllReduce, OneShot, P2pComm, Ring, TwoShot};
 use ringtp::comm::part;
 use ringtp::dtype::Element;
 
-use super::{Scenario, losses, raised, stops, sums, wire};
+use super::{Scenario, again, losses, raised, stops, sums, wire};
 use crate::p2p_support::{ring_parts, ring_sum, sum};
 
 /// A collective.
@@ -107,6 +107,10 @@ impl Target {
             (
                 "a rank that does not come",
                 losses::a_rank_that_does_not_come,
+            ),
+            (
+                "a call after one that failed",
+                again::a_call_after_one_that_failed,
             ),
             ("epochs that wrap", sums::as_epochs_wrap),
             ("another call", losses::another_call),

@@ -48,6 +48,7 @@
 //!
 //! ```cuda
 //! Collective c(args);
+//! if (!c.begin()) return;                    // somebody was lost before
 //! if (!c.wait_for(children, 0)) return;      // somebody is lost
 //! ...                                        // read c.staging(child), write c.staging(c.rank)
 //! c.signal(parent, 0);
