@@ -8,8 +8,8 @@
 //!
 //! The ordinary run takes a sample, see [`sample`]. `RINGTP_MUTANTS=whole` judges all of one type of
 //! each kernel, `RINGTP_MUTANTS=all` those of all types, any other text those whose line contains it
-//! (`-- --nocapture` shows what each came to). `RINGTP_SEEDS_FROM` is the first of the seeds, 0 if unset: faults that
-//! one range of seeds finds and another does not are found by luck.
+//! (`-- --nocapture` shows what each came to). `RINGTP_SEEDS_FROM` is the first of the seeds, 0 if
+//! unset: faults that one range of seeds finds and another does not are found by luck.
 #![cfg(feature = "cuda")]
 
 mod listing;

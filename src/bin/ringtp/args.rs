@@ -42,8 +42,9 @@ pub(crate) enum Command {
 /// One prompt is streamed as it is generated; of several, each is printed when it is done.
 /// Where neither the command line nor the model's generation_config.json asks for sampling,
 /// the most probable token is taken. The tokens of a prompt do not depend on the other
-/// prompts, on --max-batch-tokens or on --threads (on devices: with --batch-invariant). At the end standard error gets the speed
-/// of prefill and decode, the time in collectives, and each rank's memory by what it is for.
+/// prompts, on --max-batch-tokens or on --threads (on devices: with --batch-invariant). At the
+/// end standard error gets the speed of prefill and decode, the time in collectives, and each
+/// rank's memory by what it is for.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
