@@ -259,9 +259,8 @@ fn in_a_child(this: &str, name: &str, mesh: bool) {
 }
 
 macro_rules! families {
-    ($($(#[$attribute:meta])* $test:ident: $family:literal, $mesh:literal;)*) => {
-        $($(#[$attribute])*
-        #[test]
+    ($($test:ident: $family:literal, $mesh:literal;)*) => {
+        $(#[test]
         fn $test() {
             in_a_child(stringify!($test), $family, $mesh);
         })*

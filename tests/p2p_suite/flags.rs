@@ -4,7 +4,7 @@
 use ringtp::backend::cuda::abi::KernelParams;
 use ringtp::backend::cuda::{Context, Family, Kernels, Launch, Stream};
 
-use super::{Outcome, words};
+use super::{Outcome, own_kernels, words};
 
 /// `write_flag(flag, value)`
 #[repr(C)]
@@ -43,10 +43,8 @@ impl FlagWriter {
             name: "flags",
             kernels: &["write_flag"],
         };
-        // SAFETY: PTX that ends in zero.
-        let kernels = unsafe { Kernels::from_image(context, family, PTX.as_bytes()) };
         Ok(Self {
-            kernels: kernels.map_err(words)?,
+            kernels: own_kernels(context, family, PTX)?,
         })
     }
 

@@ -231,6 +231,12 @@ fn collectives(context: &Context) -> ringtp::Result<Kernels> {
     Ok(loaded.expect("there are collectives"))
 }
 
+/// Kernels of the suite itself, written in PTX that ends in zero.
+fn own_kernels(context: &Context, family: Family, ptx: &'static str) -> Result<Kernels, String> {
+    // SAFETY: PTX that ends in zero.
+    unsafe { Kernels::from_image(context, family, ptx.as_bytes()) }.map_err(words)
+}
+
 /// What a scenario has to work with.
 pub(crate) struct Party<'a> {
     driver: &'a Taken,

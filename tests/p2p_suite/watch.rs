@@ -5,7 +5,7 @@
 use ringtp::backend::cuda::abi::KernelParams;
 use ringtp::backend::cuda::{Context, DeviceBuffer, DevicePool, Family, Kernels, Launch, Stream};
 
-use super::words;
+use super::{own_kernels, words};
 
 /// `read_record(record, out)`
 #[repr(C)]
@@ -61,14 +61,13 @@ impl Watch {
             name: "watch",
             kernels: &["read_record"],
         };
-        // SAFETY: PTX that ends in zero.
-        let kernels = unsafe { Kernels::from_image(context, family, PTX.as_bytes()) };
+        let kernels = own_kernels(context, family, PTX)?;
         let stream = Stream::new(context).map_err(words)?;
         let out = DevicePool::new(context, 0).zeros(40, &stream);
         stream.synchronize().map_err(words)?;
         Ok(Self {
             out: out.map_err(words)?,
-            kernels: kernels.map_err(words)?,
+            kernels,
             stream,
         })
     }
